@@ -1,0 +1,256 @@
+"""What our training loop costs beside a bare Accelerate loop, on the same model and batches.
+
+    python benchmarks/training_step.py [--quick] [--json FILE] [--device cpu|cuda:0]
+
+After each step of our loop the bare loop makes the same step on a twin of the model, so that
+whatever else the machine does falls on both. Three comparisons: the loop alone; our loop holding
+magnitude masks at 50 %; our fake-quant (int8 weights by channel, activations by token) beside
+torchao's in the bare loop. Goals: 1.03, 1.06 and 1.00.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torchao.quantization import quantize_
+from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+from transformers import BertConfig, BertForSequenceClassification, get_scheduler
+
+from orchestrator.finetune import (
+    FinetuneOptions,
+    OnStep,
+    epoch_batches,
+    finetune,
+    row_lengths,
+    to_device,
+    uses_bf16,
+)
+from orchestrator.prune import METHODS, PruneContext
+from orchestrator.quantize import QuantizeOptions
+from orchestrator.quantize.convert import prepare
+from orchestrator.runtimes import RUNTIMES, Target
+from orchestrator.tasks import Encoded
+from orchestrator.tasks.text_classification import TextClassification
+
+SEED = 0
+WARMUP_STEPS = 3
+TASK = TextClassification(data="made up")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`steps` are timed, after a warm-up."""
+
+    steps: int
+    batch_size: int
+    device: str
+
+    @property
+    def options(self) -> FinetuneOptions:
+        return FinetuneOptions(
+            max_steps=WARMUP_STEPS + self.steps, per_device_train_batch_size=self.batch_size
+        )
+
+
+class BareLoop:
+    """What one would write with Accelerate alone, its batches laid out in advance."""
+
+    def __init__(
+        self, model: nn.Module, batches: list[dict[str, torch.Tensor]], options: FinetuneOptions
+    ) -> None:
+        bf16 = uses_bf16(options, batches[0]["input_ids"].device)
+        self.accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, fused=True)
+        scheduler = get_scheduler(
+            "linear", optimizer, num_warmup_steps=2, num_training_steps=len(batches)
+        )
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
+            model.train(), optimizer, scheduler
+        )
+        self.batches = iter(batches)
+
+    def step(self) -> None:
+        loss = self.model(**next(self.batches)).loss
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+
+@dataclass
+class Duel:
+    """An `on_step` callback: times the step that our loop has made, then the bare loop's."""
+
+    make_bare: Callable[[], BareLoop]
+    sync: Callable[[], None]
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+    bare: BareLoop | None = None
+    resumed: float = 0.0
+
+    def __call__(self, step: int, num_steps: int) -> None:
+        self.sync()
+        now = time.perf_counter()
+        if step:
+            self.ours.append(now - self.resumed)
+            self.theirs.append(self._bare_step())
+        self.resumed = time.perf_counter()
+
+    def _bare_step(self) -> float:
+        self.bare = self.bare or self.make_bare()  # it shares the state of our Accelerator
+        began = time.perf_counter()
+        self.bare.step()
+        self.sync()
+        return time.perf_counter() - began
+
+
+def minilm() -> BertForSequenceClassification:
+    """The shape of all-MiniLM-L6-v2 with random weights."""
+    torch.manual_seed(SEED)
+    config = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    return BertForSequenceClassification(config)
+
+
+def sentences(count: int) -> Encoded:
+    """Random rows of 5 to 49 tokens, about as SST-2 has them."""
+    rng = np.random.default_rng(SEED)
+    rows = [rng.integers(1000, 30000, size=length) for length in rng.integers(5, 50, size=count)]
+    return Encoded(
+        ids=[str(number) for number in range(count)],
+        features=[{"input_ids": row, "attention_mask": np.ones_like(row)} for row in rows],
+        labels=rng.integers(0, 2, size=count),
+    )
+
+
+def laid_out(encoded: Encoded, setting: Setting) -> list[dict[str, torch.Tensor]]:
+    """The batches that our loop will take, in its order."""
+    order = epoch_batches(
+        row_lengths(encoded), setting.batch_size, np.random.default_rng([SEED, 0]), by_length=True
+    )
+    return [to_device(TASK.collate(encoded, rows.tolist()), setting.device) for rows in order]
+
+
+def compare(
+    setting: Setting, *, ours: nn.Module, theirs: nn.Module, on_step: tuple[OnStep, ...] = ()
+) -> dict[str, Any]:
+    """Median times and the median ratio of paired steps, with its bootstrap interval."""
+    encoded = sentences((WARMUP_STEPS + setting.steps) * setting.batch_size)
+    batches = laid_out(encoded, setting)
+    duel = Duel(
+        make_bare=lambda: BareLoop(theirs.to(setting.device), batches, setting.options),
+        sync=torch.cuda.synchronize if setting.device.startswith("cuda") else lambda: None,
+    )
+    finetune(
+        ours,
+        TASK,
+        encoded,
+        setting.options,
+        seed=SEED,
+        device=setting.device,
+        on_step=(*on_step, duel),
+    )
+    times = 1e3 * np.array([duel.ours, duel.theirs])[:, WARMUP_STEPS:]
+    ratios = times[0] / times[1]
+    draws = np.random.default_rng(SEED).choice(ratios, size=(2000, len(ratios)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {
+        "ratio": float(np.median(ratios)),
+        "interval": [float(low), float(high)],
+        "ours_ms": float(np.median(times[0])),
+        "bare_ms": float(np.median(times[1])),
+    }
+
+
+def compare_loops(setting: Setting) -> dict[str, Any]:
+    model = minilm()
+    return compare(setting, ours=model, theirs=copy.deepcopy(model))
+
+
+def compare_masks(setting: Setting) -> dict[str, Any]:
+    """Half of the weights held at zero in our loop, none in the bare one."""
+    model = minilm()
+    twin = copy.deepcopy(model)
+    context: Any = PruneContext(
+        tokenizer=None,
+        texts=lambda: iter(()),
+        batches=lambda count: iter(()),
+        loss=lambda model, batch: TASK.loss(TASK.logits(model, batch), batch),
+        seed=SEED,
+    )
+    pruning = METHODS["magnitude"](sparsity=0.5).start(model.to(setting.device), context)
+    return compare(setting, ours=model, theirs=twin, on_step=(pruning.on_step,))
+
+
+def compare_fake_quant(setting: Setting) -> dict[str, Any]:
+    """The numerics of torch's W8A8 on both sides, in the same layers."""
+    model = minilm()
+    twin = copy.deepcopy(model)
+    numerics = RUNTIMES["torch"].numerics(QuantizeOptions(scheme="W8A8"), Target(runtime="torch"))
+    names = set(prepare(model, numerics))
+    config = QATConfig(
+        activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+        weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel"),
+        step="prepare",
+    )
+    quantize_(twin, config, filter_fn=lambda module, name: name in names)
+    return compare(setting, ours=model, theirs=twin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute; wide intervals")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    setting = Setting(
+        steps=7 if arguments.quick else 60,
+        batch_size=16 if arguments.quick else 32,
+        device=arguments.device,
+    )
+    report: dict[str, Any] = {
+        "device": setting.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "bf16": uses_bf16(setting.options, torch.device(setting.device)),
+        "batch_size": setting.batch_size,
+        "steps": setting.steps,
+    }
+    comparisons = {
+        "loop": ("loop_ratio", compare_loops),
+        "masks": ("masks_ratio", compare_masks),
+        "qat": ("qat_ratio_vs_torchao", compare_fake_quant),
+    }
+    for name, (ratio, run) in comparisons.items():
+        found = run(setting)
+        low, high = found["interval"]
+        report |= {
+            ratio: found["ratio"],
+            f"{ratio}_interval": found["interval"],
+            f"{name}_ms": found["ours_ms"],
+            f"{name}_bare_ms": found["bare_ms"],
+        }
+        print(
+            f"{ratio:22} {found['ratio']:.3f}  [{low:.3f}, {high:.3f}]"
+            f"   {found['ours_ms']:.1f} ms beside {found['bare_ms']:.1f} ms",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""What the trials of one study share on one worker: data, base models, the dense baseline, its session.
+
+All of it is made on first use and kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orchestrator.base_model import Base, load_base, tokenizer_key
+from orchestrator.finetune import FinetuneOptions, cached_teacher, finetune, live_teacher, predict
+from orchestrator.measure.fingerprint import environment, fingerprint
+from orchestrator.prune import PruneContext
+from orchestrator.prune.tree import read_signature
+from orchestrator.recipe import Recipe
+from orchestrator.runtimes import RUNTIMES, Session
+from orchestrator.stages import Stages
+from orchestrator.tasks import Encoded, Rows, Split
+from orchestrator.trial import BadInput, TrialConfig, content_hash
+
+DENSE_VERSION = 1
+Teacher = Callable[[np.ndarray, dict[str, torch.Tensor]], torch.Tensor]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A trained dense model: where its checkpoint lies, and how it came to be.
+
+    `config` is the trial configuration that describes it; `validation` its quality in torch.
+    """
+
+    folder: Path
+    config: TrialConfig
+    candidates: list[dict[str, Any]]
+
+
+class Bench:
+    """The shared things of one study on one worker. `rows_limit` cuts every split, for a dry run."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        device: str | None = None,
+        rows_limit: int | None = None,
+        steps_limit: int | None = None,
+    ) -> None:
+        self.recipe, self.folder = recipe, folder
+        self.task, self.target = recipe.task, recipe.target
+        self.runtime = RUNTIMES[recipe.target.runtime]
+        self.device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.stages = Stages(folder / "stages")
+        self.rows_limit, self.steps_limit = rows_limit, steps_limit
+        self._bases: dict[str, Base] = {}
+        self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._teachers: dict[str, Teacher] = {}
+        self._sessions: dict[str, Session] = {}
+
+    # -- data ------------------------------------------------------------------------------------
+
+    @cached_property
+    def rows(self) -> dict[Split, Rows]:
+        return self.task.load()
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return self.task.label_names(self.rows)
+
+    @cached_property
+    def data_key(self) -> str:
+        """The hash of every row that is trained or scored on."""
+        content = {
+            split: [list(rows.ids), [list(text) for text in rows.texts], list(rows.labels or [])]
+            for split, rows in self.rows.items()
+        }
+        return content_hash(content)
+
+    def training_texts(self) -> Iterator[str]:
+        for text in self.rows["train"].texts:
+            yield from text
+
+    def encoded(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """A split's tokens, encoded once a tokenizer; cut to `rows_limit`."""
+        return head_rows(self._whole(split, tokenizer), self.rows_limit)
+
+    def _whole(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        key = (split, tokenizer_key(tokenizer))
+        if key not in self._encoded:
+            self._encoded[key] = self.task.encode(self.rows[split], tokenizer)
+        return self._encoded[key]
+
+    # -- models ----------------------------------------------------------------------------------
+
+    def base(self, model: str) -> Base:
+        if model not in self._bases:
+            self._bases[model] = load_base(
+                self.recipe.model_options(model),
+                self.task,
+                texts=self.training_texts(),
+                labels=self.labels,
+                seed=self.recipe.seed,
+            )
+        return self._bases[model]
+
+    def max_length(self, model: str) -> int:
+        """The longest input that is ever encoded, in tokens."""
+        return int(getattr(self.task, "max_length", None) or getattr(self.task, "block_size", 512))
+
+    def dense(self, model: str, note: Note = lambda text: None) -> Dense:
+        """The dense baseline: the best on validation of its grid, trained at most once a study."""
+        base = self.base(model)
+        grid = self.recipe.baseline_grid(model)
+        inputs = {
+            "base": base.source,
+            "tokenizer": tokenizer_key(base.tokenizer),
+            "data": self.data_key,
+            "grid": [options.model_dump(mode="json") for options in grid],
+            "seed": self.recipe.seed,
+            "limits": [self.rows_limit, self.steps_limit],
+        }
+
+        def build(folder: Path) -> None:
+            trained, best, candidates = self._train_dense(base, grid, note)
+            trained.save_pretrained(folder / "model")
+            base.tokenizer.save_pretrained(folder / "model")
+            config = self.dense_config(model, best)
+            text = {"config": config.model_dump(mode="json"), "candidates": candidates}
+            (folder / "dense.json").write_text(json.dumps(text, indent=1))
+
+        folder = self.stages.once("dense", inputs, build, version=DENSE_VERSION)
+        found = json.loads((folder / "dense.json").read_text())
+        return Dense(folder / "model", TrialConfig(**found["config"]), found["candidates"])
+
+    def dense_config(self, model: str, options: FinetuneOptions) -> TrialConfig:
+        """The dense baseline as a trial: nothing pruned, nothing rounded."""
+        return self.recipe.trial_config(
+            model=model, finetune=options.model_dump(mode="json"), seed=self.recipe.seed
+        )
+
+    def dense_model(self, model: str) -> PreTrainedModel:
+        """A fresh copy of the dense model, on the CPU, in evaluation mode."""
+        folder = self.dense(model).folder
+        loaded = self.task.auto_class().from_pretrained(folder, dtype=torch.float32)
+        return loaded.eval()
+
+    def _train_dense(
+        self, base: Base, grid: list[FinetuneOptions], note: Note
+    ) -> tuple[PreTrainedModel, FinetuneOptions, list[dict[str, Any]]]:
+        """Train each candidate; the best on validation, its options, and how all of them did.
+
+        The winner is then trained on for the largest budget that any trial gets, and the better
+        of the two is kept: trials start from a trained model, so a baseline that has not been
+        given the same further steps would flatter them.
+        """
+        candidates: list[dict[str, Any]] = []
+        best: tuple[float, PreTrainedModel, FinetuneOptions] | None = None
+        for number, options in enumerate(grid, 1):
+            note(f"dense {number}/{len(grid)}")
+            model = copy.deepcopy(base.model)
+            score = self._train_and_score(model, base, options, candidates)
+            if best is None or score > best[0]:
+                best = (score, model, options)
+        assert best is not None
+        longer = self.recipe.continued_baseline(best[2])
+        if longer is not None:
+            note("dense, continued")
+            model = copy.deepcopy(best[1])
+            score = self._train_and_score(model, base, longer, candidates, continued=True)
+            if score > best[0]:
+                best = (score, model, best[2])
+        return best[1], best[2], candidates
+
+    def _train_and_score(
+        self,
+        model: PreTrainedModel,
+        base: Base,
+        options: FinetuneOptions,
+        candidates: list[dict[str, Any]],
+        *,
+        continued: bool = False,
+    ) -> float:
+        """Fine-tune in place; quality on validation, larger is better; adds a line to `candidates`."""
+        train = self.encoded("train", base.tokenizer)
+        report = finetune(
+            model,
+            self.task,
+            train,
+            options,
+            seed=self.recipe.seed,
+            device=self.device,
+            max_steps=self.steps_limit,
+        )
+        validation = self.encoded("validation", base.tokenizer)
+        records = predict(model, self.task, validation, batch_size=32, device=self.device)
+        value = self.task.metrics(records)[self.task.quality][0]
+        model.cpu()
+        candidates.append(
+            {
+                "finetune": options.model_dump(mode="json"),
+                "continued": continued,
+                self.task.quality: value,
+                "steps": report.steps,
+                "seconds": report.seconds,
+                "losses": report.losses,
+            }
+        )
+        return value * self.recipe.sign(self.task.quality)
+
+    # -- what stages ask for ---------------------------------------------------------------------
+
+    def teacher(self, model: str) -> Teacher:
+        """The dense model's logits for training rows; computed once where a row has one answer."""
+        if model not in self._teachers:
+            dense = self.dense_model(model).to(self.device)
+            if self.task.kind == "encoder":
+                train = self.encoded("train", self.base(model).tokenizer)
+                self._teachers[model] = cached_teacher(dense, self.task, train, self.device)
+            else:
+                self._teachers[model] = live_teacher(dense, self.task)
+        return self._teachers[model]
+
+    def prune_context(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PruneContext:
+        """What a pruning method may look at: batches of the training split, shuffled by the seed."""
+
+        def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
+            train = self.encoded("train", tokenizer)
+            order = np.random.default_rng(seed).permutation(len(train))
+            size = self.recipe.calibration_batch_size
+            for start in range(0, min(count * size, len(train)), size):
+                batch = self.task.collate(train, order[start : start + size].tolist())
+                yield {name: torch.from_numpy(value) for name, value in batch.items()}
+
+        def loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            return self.task.loss(self.task.logits(model, batch), batch)
+
+        return PruneContext(
+            tokenizer=tokenizer,
+            texts=self.training_texts,
+            batches=batches,
+            loss=loss,
+            seed=seed,
+        )
+
+    def dense_session(self, model: str) -> Session:
+        """The served dense baseline, loaded once, against which latencies are interleaved."""
+        if model not in self._sessions:
+            artifact = self.recipe.baseline_folder(self.folder, model) / "artifact"
+            self._sessions[model] = self.runtime.load(artifact, self.target)
+        return self._sessions[model]
+
+    # -- facts for the driver --------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """All that planning needs, as plain data."""
+        env = environment()
+        models = {}
+        for options in self.recipe.models:
+            base = self.base(options.id)
+            train = self._whole("train", base.tokenizer)
+            lengths = [len(row["input_ids"]) for row in train.features]
+            models[options.id] = {
+                "signature": read_signature(base.model).model_dump(mode="json"),
+                "source": base.source,
+                "num_train": len(train),
+                "num_validation": len(self._whole("validation", base.tokenizer)),
+                "mean_length": float(np.mean(lengths)),
+            }
+        return {
+            "models": models,
+            "labels": self.labels,
+            "num_rows": {split: len(rows.ids) for split, rows in self.rows.items()},
+            "data": self.data_key,
+            "environment": env,
+            "fingerprint": fingerprint(env),
+        }
+
+
+def head_rows(encoded: Encoded, limit: int | None) -> Encoded:
+    """The first `limit` rows; all of them for None."""
+    if limit is None or len(encoded) <= limit:
+        return encoded
+    labels = None if encoded.labels is None else encoded.labels[:limit]
+    return Encoded(ids=encoded.ids[:limit], features=encoded.features[:limit], labels=labels)
+
+
+def main() -> None:
+    """Answer the driver: a resolved recipe on standard input, its facts (or problems) on the last line."""
+    recipe = Recipe.from_resolved(json.load(sys.stdin))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            answer = Bench(recipe, Path(folder), device="cpu").facts()
+    except BadInput as error:
+        answer = {"problems": error.problems}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

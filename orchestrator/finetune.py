@@ -1,0 +1,462 @@
+"""Fine-tuning: one Accelerate loop through which masks, fake-quant and a teacher live.
+
+Whoever changes the model while it trains does so in an `on_step` callback; the loop knows of none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from orchestrator.problems import nearest
+from orchestrator.trial import BadInput, Diverged, Frozen
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from orchestrator.tasks import Encoded, Record, Task
+
+    Batch = dict[str, torch.Tensor]
+    Teacher = Callable[[np.ndarray, Batch], torch.Tensor]
+
+OnStep = Callable[[int, int], None]
+OnLog = Callable[[int, int, float], None]
+POOL = 50  # batches that are sorted by length together
+
+
+class Distillation(Frozen):
+    """Hinton et al. 2015 (arXiv:1503.02531): loss = alpha · distillation + (1 - alpha) · task."""
+
+    alpha: float = Field(0.5, ge=0, le=1)
+    temperature: float = Field(2.0, gt=0)
+
+
+class FinetuneOptions(Frozen):
+    """A recipe's finetune section, in the names of transformers' `TrainingArguments`.
+
+    `max_steps` overrides the epochs; 0 trains nothing. `bf16: auto` is on where the hardware has
+    it. `group_by_length` puts rows of similar length into a batch. `freeze` lists parts of
+    parameters' names that stay as they are. `dropout` replaces the model's own.
+    """
+
+    learning_rate: float = Field(5e-5, ge=0)
+    num_train_epochs: float = Field(1.0, ge=0)
+    max_steps: int | None = Field(None, ge=0)
+    per_device_train_batch_size: int = Field(32, gt=0)
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    bf16: bool | Literal["auto"] = "auto"
+    group_by_length: bool = True
+    distillation: Distillation | None = None
+    freeze: tuple[str, ...] = ()
+    dropout: float | None = Field(None, ge=0, lt=1)
+    logging_steps: int = Field(10, gt=0)
+
+
+class TrainingReport(Frozen):
+    """How training went. `losses` are (step, mean loss since the one before)."""
+
+    steps: int
+    epochs: float
+    losses: tuple[tuple[int, float], ...]
+    seconds: float
+    tokens: int
+    peak_learning_rate: float
+
+
+def finetune(
+    model: PreTrainedModel,
+    task: Task,
+    encoded: Encoded,
+    options: FinetuneOptions,
+    *,
+    seed: int,
+    device: str | torch.device,
+    on_step: Sequence[OnStep] = (),
+    teacher: Teacher | None = None,
+    on_log: OnLog | None = None,
+    max_steps: int | None = None,
+) -> TrainingReport:
+    """Train `model` in place and leave it in evaluation mode.
+
+    `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
+    the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
+    options' own. On a CPU the same seed gives the same weights. Raises `Diverged`.
+    """
+    import torch
+    from accelerate.utils import set_seed
+
+    assert (teacher is None) == (options.distillation is None), "distillation needs a teacher"
+    device = torch.device(device)
+    lengths = row_lengths(encoded)
+    batches_an_epoch = math.ceil(len(lengths) / options.per_device_train_batch_size)
+    accumulation = options.gradient_accumulation_steps
+    num_steps = count_steps(options, batches_an_epoch / accumulation, max_steps)
+    curve = LossCurve(num_steps, options.logging_steps, on_log, check_each=device.type == "cpu")
+    tokens = 0
+
+    set_seed(seed)
+    model.to(device).train()
+    for callback in on_step:
+        callback(0, num_steps)
+    with frozen(model, options.freeze), dropout_at(options.dropout, model), unwrapped(model):
+        accelerator = make_accelerator(options, device)
+        trained, optimizer = accelerator.prepare(model, make_optimizer(model, options))
+        teacher = teacher and accelerator.autocast()(teacher)  # as precise as the student
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        batches = micro_batches(task, encoded, lengths, options, seed=seed)
+        started = time.perf_counter()
+        for step in range(1, num_steps + 1):
+            set_learning_rate(optimizer, options, step, num_steps)
+            step_loss = torch.zeros((), device=device)
+            for indices, arrays, share in with_shares(itertools.islice(batches, accumulation)):
+                batch = to_device(arrays, device)
+                with accelerator.accumulate(trained):
+                    target = teacher(indices, batch) if teacher else None
+                    loss = objective(trained, task, batch, target, options.distillation)
+                    accelerator.backward(loss * (share * accumulation))
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                step_loss += loss.detach() * share
+                tokens += int(lengths[indices].sum())
+            curve.add(step, step_loss, norm)
+            for callback in on_step:
+                callback(step, num_steps)
+        seconds = time.perf_counter() - started
+    model.eval()
+    return TrainingReport(
+        steps=num_steps,
+        epochs=num_steps * accumulation / batches_an_epoch,
+        losses=tuple(curve.points),
+        seconds=seconds,
+        tokens=tokens,
+        peak_learning_rate=options.learning_rate if num_steps else 0.0,
+    )
+
+
+def objective(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    target: torch.Tensor | None,
+    distillation: Distillation | None,
+) -> torch.Tensor:
+    """The task's loss, mixed with how far the logits are from the teacher's (`target`)."""
+    logits = task.logits(model, batch)
+    loss = task.loss(logits, batch)
+    if target is None or distillation is None:
+        return loss
+    distance = task.distillation_loss(logits, target, batch, temperature=distillation.temperature)
+    return distillation.alpha * distance + (1 - distillation.alpha) * loss
+
+
+# -- what a step is ------------------------------------------------------------------------------
+
+
+def count_steps(options: FinetuneOptions, steps_an_epoch: float, max_steps: int | None) -> int:
+    """Optimizer steps in all."""
+    if max_steps is None:
+        max_steps = options.max_steps
+    if max_steps is None:
+        return math.ceil(options.num_train_epochs * steps_an_epoch)
+    return max_steps
+
+
+def learning_rate(options: FinetuneOptions, step: int, num_steps: int) -> float:
+    """At step 1..num_steps: warm-up to the peak, then decay. No step is wasted on a rate of 0."""
+    warmup = math.ceil(options.warmup_ratio * num_steps)
+    if step <= warmup:
+        return options.learning_rate * step / warmup
+    done = (step - 1 - warmup) / (num_steps - warmup)  # of the decay, in [0, 1)
+    factors = {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "constant": 1.0,
+    }
+    return options.learning_rate * factors[options.lr_scheduler_type]
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, options: FinetuneOptions, step: int, num_steps: int
+) -> None:
+    rate = learning_rate(options, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def micro_batches(
+    task: Task, encoded: Encoded, lengths: np.ndarray, options: FinetuneOptions, *, seed: int
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Row indices and arrays of one batch after the other, epoch after epoch without end."""
+    for epoch in itertools.count():
+        rng = np.random.default_rng([seed, epoch])
+        for indices in epoch_batches(
+            lengths,
+            options.per_device_train_batch_size,
+            rng,
+            by_length=options.group_by_length,
+        ):
+            yield indices, task.collate(encoded, indices.tolist())
+
+
+def epoch_batches(
+    lengths: np.ndarray, batch_size: int, rng: np.random.Generator, *, by_length: bool
+) -> list[np.ndarray]:
+    """Every row once, in random order; `by_length` sorts within pools of 50 batches first."""
+    order = rng.permutation(len(lengths))
+    if by_length:
+        pools = [
+            order[at : at + POOL * batch_size] for at in range(0, len(order), POOL * batch_size)
+        ]
+        order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    if by_length:
+        batches = [batches[place] for place in rng.permutation(len(batches))]
+    return batches
+
+
+def with_shares(
+    micros: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]],
+) -> list[tuple[np.ndarray, dict[str, np.ndarray], float]]:
+    """Each micro-batch with its share of the step's labels, so that the step's loss is their mean."""
+    found = list(micros)
+    counts = [np.count_nonzero(arrays["labels"] != -100) for _, arrays in found]
+    total = max(1, sum(counts))
+    return [(*micro, count / total) for micro, count in zip(found, counts, strict=True)]
+
+
+class LossCurve:
+    """Mean losses at logging steps. A device is asked for them only there; a CPU at every step."""
+
+    def __init__(
+        self, num_steps: int, logging_steps: int, on_log: OnLog | None, *, check_each: bool
+    ) -> None:
+        import torch
+
+        self.points: list[tuple[int, float]] = []
+        self._num_steps, self._logging_steps = num_steps, logging_steps
+        self._on_log, self._check_each = on_log, check_each
+        self._since, self._sums = 0, torch.zeros(2)
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Raises `Diverged` for a loss or gradient that is not finite."""
+        import torch
+
+        self._sums = self._sums.to(loss.device) + torch.stack([loss, grad_norm])
+        is_due = step % self._logging_steps == 0 or step == self._num_steps
+        if not (is_due or self._check_each):
+            return
+        losses, norms = self._sums.tolist()
+        if not math.isfinite(losses + norms):
+            raise Diverged(f"loss or gradient is not finite at step {step} of {self._num_steps}")
+        if is_due:
+            mean = losses / (step - self._since)
+            self.points.append((step, mean))
+            self._since, self._sums = step, torch.zeros_like(self._sums)
+            if self._on_log is not None:
+                self._on_log(step, self._num_steps, mean)
+
+
+# -- setting up ----------------------------------------------------------------------------------
+
+
+def uses_bf16(options: FinetuneOptions, device: torch.device) -> bool:
+    """What `bf16` comes to on this device: auto is on where matrix products in it are native."""
+    import torch
+
+    if options.bf16 != "auto":
+        return options.bf16
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def make_accelerator(options: FinetuneOptions, device: torch.device) -> Accelerator:
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # Accelerate fixes device and precision once a process; trials in one process may differ.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    return Accelerator(
+        mixed_precision="bf16" if uses_bf16(options, device) else "no",
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        cpu=device.type == "cpu",
+        device_placement=False,
+    )
+
+
+def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) whose weight decay leaves norms and biases alone."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        fused=True,
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
+    """No gradients inside for parameters whose name contains a pattern. Raises `BadInput`."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    parts = {part for name in names for part in name.split(".") if not part.isdecimal()}
+    problems = [
+        f"finetune.freeze: no parameter's name contains `{pattern}`{nearest(pattern, parts)}"
+        for pattern in patterns
+        if not any(pattern in name for name in names)
+    ]
+    chosen = [name for name in names if any(pattern in name for pattern in patterns)]
+    if len(chosen) == len(names):
+        problems.append(f"finetune.freeze: {list(patterns)} leaves no parameter to train.")
+    if problems:
+        raise BadInput(problems)
+    try:
+        for name in chosen:
+            model.get_parameter(name).requires_grad_(False)
+        yield
+    finally:
+        for name in chosen:
+            model.get_parameter(name).requires_grad_(True)
+
+
+@contextmanager
+def dropout_at(rate: float | None, model: nn.Module) -> Iterator[None]:
+    """Another dropout rate inside; None leaves the model's own."""
+    from torch import nn
+
+    places = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is float
+        and ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout)))
+    ]
+    try:
+        if rate is not None:
+            for module, name, _ in places:
+                setattr(module, name, rate)
+        yield
+    finally:
+        for module, name, value in places:
+            setattr(module, name, value)
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[None]:
+    """Take off, at the end, what Accelerate puts on the module object itself (its `forward`)."""
+    before = set(vars(model))
+    try:
+        yield
+    finally:
+        for name in set(vars(model)) - before:
+            delattr(model, name)
+
+
+def to_device(arrays: dict[str, np.ndarray], device: torch.device | str) -> Batch:
+    import torch
+
+    return {
+        name: torch.from_numpy(array).to(device, non_blocking=True)
+        for name, array in arrays.items()
+    }
+
+
+# -- answers of a model --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CachedTeacher:
+    """Logits [rows, classes] that were computed before training."""
+
+    logits: np.ndarray
+
+    def __call__(self, indices: np.ndarray, batch: Batch) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.logits[indices]).to(next(iter(batch.values())).device)
+
+
+def cached_teacher(
+    model: PreTrainedModel, task: Task, encoded: Encoded, device: str, *, batch_size: int = 64
+) -> CachedTeacher:
+    """A teacher that has answered every row of `encoded` once; for tasks with one answer a row."""
+    logits: list[Any] = [None] * len(encoded)
+    for indices, answers, _ in answers_of(model, task, encoded, batch_size, device):
+        assert answers.ndim == 2, "a row has more than one answer: use live_teacher"
+        for index, answer in zip(indices, answers, strict=True):
+            logits[index] = answer
+    return CachedTeacher(np.stack(logits))
+
+
+def live_teacher(model: PreTrainedModel, task: Task) -> Teacher:
+    """A teacher that answers while the student trains; `model` is on the student's device."""
+    import torch
+
+    model.eval()
+
+    def answer(_: np.ndarray, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            return task.logits(model, batch)
+
+    return answer
+
+
+def predict(
+    model: PreTrainedModel, task: Task, encoded: Encoded, *, batch_size: int, device: str
+) -> list[Record]:
+    """The records of every row, in order. Leaves the model in evaluation mode."""
+    records: list[Any] = [None] * len(encoded)
+    for indices, logits, batch in answers_of(model, task, encoded, batch_size, device):
+        ids = [encoded.ids[index] for index in indices]
+        for index, record in zip(indices, task.records(logits, batch, ids), strict=True):
+            records[index] = record
+    return records
+
+
+def answers_of(
+    model: PreTrainedModel, task: Task, encoded: Encoded, batch_size: int, device: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
+    """(row indices, logits as float32, batch), longest rows first, so that little is padding."""
+    import torch
+
+    model.to(device).eval()
+    order = np.argsort(-row_lengths(encoded), kind="stable")
+    for at in range(0, len(order), batch_size):
+        indices = order[at : at + batch_size]
+        arrays = task.collate(encoded, indices.tolist())
+        with torch.no_grad():
+            logits = task.logits(model, to_device(arrays, device))
+        yield indices, logits.float().cpu().numpy(), arrays
+
+
+def row_lengths(encoded: Encoded) -> np.ndarray:
+    """Tokens of each row, [rows]."""
+    return np.array([len(row["input_ids"]) for row in encoded.features])

@@ -1,0 +1,68 @@
+"""Measuring an artifact that exists, on the machine at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from orchestrator.bench import Bench
+from orchestrator.measure import MeasureOptions
+from orchestrator.measure.fingerprint import fingerprint
+from orchestrator.measure.latency import compare, decoder_round, encoder_round
+from orchestrator.measure.memory import example_inputs, peak_memory_mb
+from orchestrator.measure.served import Served, measure_latency, measure_quality
+from orchestrator.measure.size import size_metrics
+from orchestrator.recipe import Recipe
+from orchestrator.runtimes import RUNTIMES, Target
+from orchestrator.trial import Measurement, TrialConfig
+
+
+def measure_in_study(artifact: Path, recipe: Recipe, study: Path) -> Measurement:
+    """Quality on validation, latency beside the dense baseline, size and memory."""
+    from orchestrator.artifact import verify
+
+    bench = Bench(recipe, study, device="cpu")
+    config = TrialConfig(**verify(artifact)["config"])
+    served = Served(bench, config, artifact, AutoTokenizer.from_pretrained(artifact))
+    quality = measure_quality(served, "validation", dense=None, keep=False)
+    timing = measure_latency(served)
+    memory = peak_memory_mb(artifact, bench.target, length=served.mean_length)
+    return Measurement(
+        metrics=quality.metrics
+        | timing.metrics
+        | size_metrics(artifact)
+        | {"peak_memory_mb": memory},
+        intervals=quality.intervals | timing.intervals,
+        num_examples=quality.num_examples,
+        fingerprint=fingerprint(),
+        notes=timing.notes,
+    )
+
+
+def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:
+    """Latency on made-up tokens of half the maximal length, size and memory; no data needed."""
+    target = Target(**description["target"])
+    session = RUNTIMES[target.runtime].load(artifact, target)
+    length = max(1, description["max_length"] // 2)
+    inputs = example_inputs(artifact, batch=target.batch_size, length=length)
+    prompt = np.ones((target.batch_size, target.prompt_tokens), np.int64)
+    decoder = any(entry["name"].startswith("past_key_values") for entry in description["inputs"])
+
+    def one_round() -> dict[str, float]:
+        if decoder:
+            return decoder_round(session, prompt, target.new_tokens)
+        return encoder_round(session, [inputs])
+
+    main = "tpot_ms" if decoder else "latency_ms"
+    timing = compare(one_round, one_round, MeasureOptions(), main=main)
+    metrics = {name: value for name, value in timing.metrics.items() if name != "speedup"}
+    memory = peak_memory_mb(artifact, target, length=length)
+    return Measurement(
+        metrics=metrics | size_metrics(artifact) | {"peak_memory_mb": memory},
+        intervals={name: timing.intervals[name] for name in metrics},
+        fingerprint=fingerprint(),
+        notes=(*timing.notes, f"latency on made-up inputs of {length} tokens"),
+    )

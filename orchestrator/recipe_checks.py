@@ -1,0 +1,178 @@
+"""What is wrong with a recipe: each check yields the problems it finds, where they are written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.metrics import DIRECTIONS, metrics_of
+from orchestrator.plugins import find, is_code, name_of
+from orchestrator.problems import Place, Problem, describe, nearest
+from orchestrator.runtimes import RUNTIMES
+from orchestrator.search.grid import Grid
+from orchestrator.space import Space
+from orchestrator.space_checks import finetune_problems, grid_problems, space_problems
+from orchestrator.tasks import TASKS
+
+
+def plugin_of(
+    section: Any, key: str, catalog: Mapping[str, Any], problems: list[Problem], *, consent: bool
+) -> Any:
+    """The plug-in that a section names, with its options; None after noting why there is none."""
+    section = {"name": section} if isinstance(section, str) else section
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        problems.append(((key, "name"), f"is missing{nearest('', catalog)}"))
+        return None
+    options = {name: value for name, value in section.items() if name != "name"}
+    try:
+        what = "searcher" if key == "search" else key
+        kind = find(catalog, section["name"], what=what, consent=consent)
+        return kind(**options)
+    except LookupError as error:
+        problems.append(((key, "name"), str(error)))
+    except ValidationError as error:
+        told = describe(error, kind, options, what=section["name"])
+        problems += [((key, *place), text) for place, text in told]
+    return None
+
+
+def models_of(written: Any) -> list[Any]:
+    """The models as a list, each with an id: the last part of its name, or what it is."""
+    models = written if isinstance(written, list) else [written] if written else []
+    return [_with_id(model) if isinstance(model, dict) else model for model in models]
+
+
+def _with_id(model: dict[str, Any]) -> dict[str, Any]:
+    config = model.get("config")
+    name = str(model.get("name") or (config.get("model_type") if isinstance(config, dict) else ""))
+    return {"id": re.sub(r"[^\w.-]", "-", Path(name).name or "model"), **model}
+
+
+def same_ids(models: list[Any]) -> Iterator[Problem]:
+    ids = [model.get("id") for model in models if isinstance(model, dict)]
+    for i, name in enumerate(ids):
+        if name in ids[:i]:
+            yield ("model", i, "id"), f"has to differ between models, got `{name}` twice."
+
+
+def objectives_of(written: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """Objectives with their directions; a recipe names the direction of its own metrics alone."""
+    asked = written.get("objectives", [])
+    objectives = []
+    for i, item in enumerate(asked if isinstance(asked, list) else [asked]):
+        objective = {"name": item} if isinstance(item, str) else item
+        if not isinstance(objective, dict):
+            objectives.append(objective)
+            continue
+        known = DIRECTIONS.get(str(objective.get("name")))
+        if known is not None and objective.get("direction", known) != known:
+            text = f"of {objective['name']} is {known}, got {objective['direction']!r}."
+            problems.append((("objectives", i, "direction"), text))
+        if known is not None or not _own_command(written):
+            objective = {**objective, "direction": known or "min"}
+        objectives.append(objective)
+    return objectives
+
+
+def _own_command(written: Mapping[str, Any]) -> bool:
+    """Whether the user's own command measures, and so may give any metric."""
+    target = written.get("target")
+    return isinstance(target, dict) and bool(target.get("command"))
+
+
+def limits_of(written: Any, problems: list[Problem]) -> list[Any]:
+    """`{metric: {min, max}}` as objectives that carry limits."""
+    if not isinstance(written, dict):
+        problems.append((("limits",), f"has to map metrics to {{min, max}}, got {written!r}."))
+        return []
+    limits = []
+    for name, limit in written.items():
+        place = ("limits", name)
+        if not isinstance(limit, dict) or not limit or set(limit) - {"min", "max"}:
+            problems.append((place, f"has to be {{min: …}}, {{max: …}} or both, got {limit!r}."))
+        elif not all(type(value) in (int, float) for value in limit.values()):
+            problems.append((place, f"has to hold numbers, got {limit!r}."))
+        elif limit.get("min", -math.inf) > limit.get("max", math.inf):
+            problems.append((place, f"has to have min <= max, got {limit!r}."))
+        else:
+            limits.append({"name": name, "direction": DIRECTIONS.get(name, "min"), **limit})
+    return limits
+
+
+def space_of(section: Any, models: list[Any], seed: Any, problems: list[Problem]) -> Any:
+    """The space with the offered models in it; with an unknown key noted, what is left of it."""
+    if not isinstance(section, dict):
+        return section
+    if "model" in section:
+        problems.append((("space", "model"), "is not set here: list several under `model`."))
+    ids = tuple(str(model.get("id")) for model in models if isinstance(model, dict))
+    values = {"seed": seed, **section, "model": ids or ("",)}
+    try:
+        return Space.model_validate(values)
+    except ValidationError as error:
+        told = describe(error, Space, values, what="space")
+        problems += [(("space", *place), text) for place, text in told]
+        kept = ("model", "prune", "quantize", "finetune", "seed")
+        return Space.model_validate({key: values[key] for key in kept if key in values})
+
+
+def problems_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the types alone do not say. `values` are the sections with plug-ins in their places."""
+    consent = written.get("allow_code") is True
+    for key in ("source", "overrides"):
+        if key in written:
+            yield (key,), "is not a key of `recipe`."
+    for key in ("model", "objectives"):
+        if not values[key]:
+            yield (key,), "is missing."
+    yield from same_ids(values["model"])
+    yield from target_problems(written.get("target"), consent=consent)
+    yield from metric_problems(written, values)
+    if isinstance(values["space"], Space):
+        yield from below("space", space_problems(values["space"], consent=consent))
+        if isinstance(values["search"], Grid):
+            yield from below("space", grid_problems(values["space"]))
+    baseline = written.get("baseline")
+    if isinstance(baseline, dict) and isinstance(baseline.get("finetune"), dict):
+        space = Space(model=("",), finetune=baseline["finetune"])
+        yield from below("baseline", space.parsed[1])
+        yield from below("baseline", finetune_problems(space))
+        yield from below("baseline", grid_problems(space))
+
+
+def below(section: str, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """The same problems, seen from the whole recipe."""
+    return (((section, *place), text) for place, text in problems)
+
+
+def metric_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Objectives and limits on numbers that nothing will measure."""
+    objectives = [item for item in values["objectives"] if isinstance(item, dict)]
+    names = [str(objective.get("name")) for objective in objectives]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield ("objectives", i), f"names `{name}` again."
+    task = values["task"]
+    whose = "any task" if task is None else name_of(TASKS, task)
+    given = frozenset(DIRECTIONS) if task is None else metrics_of(task.kind)
+    if _own_command(written) or is_code(whose):
+        return
+    asked: list[tuple[Place, str]] = [(("objectives", i), name) for i, name in enumerate(names)]
+    asked += [(("limits", limit["name"]), limit["name"]) for limit in values["limits"]]
+    for place, name in asked:
+        if name not in given:
+            yield place, f"names no metric that {whose} gives, got `{name}`{nearest(name, given)}"
+
+
+def target_problems(written: Any, *, consent: bool) -> Iterator[Problem]:
+    runtime = written.get("runtime") if isinstance(written, dict) else None
+    if isinstance(runtime, str):
+        try:
+            find(RUNTIMES, runtime, what="runtime", consent=consent)
+        except LookupError as error:
+            yield ("target", "runtime"), str(error)

@@ -1,0 +1,62 @@
+"""Points that are always on the picture: what anyone would try first, and the control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from orchestrator.recipe import Recipe
+from orchestrator.signature import Signature
+from orchestrator.space import infeasible, resolve
+from orchestrator.trial import Infeasible, TrialConfig
+
+Reference = tuple[str, TrialConfig]
+
+
+def dense_int8(recipe: Recipe, model: str, signature: Signature) -> Iterator[Reference]:
+    """The dense model with post-training int8."""
+    if not recipe.references.dense_int8:
+        return
+    config = resolve(
+        model=model, quantize={"scheme": "W8A8"}, finetune={"max_steps": 0}, seed=recipe.seed
+    )
+    if infeasible(config, signature, recipe) is None:
+        yield "dense int8", config
+
+
+def first_layers(recipe: Recipe, model: str, signature: Signature) -> Iterator[Reference]:
+    """The first k layers of the dense model, distilled and int8, at the largest budget of a trial."""
+    total = next(g.num_units for g in signature.groups if g.kind == "layers")
+    finetune = recipe.largest_budget()
+    finetune["distillation"] = finetune.get("distillation") or {}
+    for count in recipe.references.first_layers:
+        try:
+            config = resolve(
+                model=model,
+                prune={
+                    "method": "structured",
+                    "layers": round(1 - count / total, 6),
+                    "layer_choice": "first",
+                },
+                quantize={"scheme": "W8A8", "qat": True},
+                finetune=finetune,
+                seed=recipe.seed,
+            )
+        except Infeasible:
+            continue
+        if count < total and infeasible(config, signature, recipe) is None:
+            yield f"first {count} layers", config
+
+
+def random_twin(front: Sequence[TrialConfig]) -> list[TrialConfig]:
+    """The first structured point of the front with units chosen at random: the control.
+
+    [] when the front has no structured point whose importance is not random already.
+    """
+    for config in front:
+        methods = [dict(method) for method in config.prune]
+        chosen = [m for m in methods if m["method"] == "structured" and m["importance"] != "random"]
+        if chosen:
+            for method in chosen:
+                method["importance"] = "random"
+            return [config.model_copy(update={"prune": tuple(methods)})]
+    return []

@@ -1,0 +1,71 @@
+"""SERVED where: how a runtime rounds, and how an artifact is written for it, loaded and run.
+
+The matrix of scheme × runtime is what these classes declare in `numerics`, and nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from orchestrator.quantize import Numerics, QuantizeOptions
+from orchestrator.runtimes.onnxruntime import OnnxRuntime
+from orchestrator.runtimes.torch import TorchRuntime
+from orchestrator.trial import Frozen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Target(Frozen):
+    """Where and how the artifact is served; every served number is taken this way."""
+
+    runtime: str = "onnxruntime"
+    device: str = "cpu"
+    threads: int = 1
+    batch_size: int = 1
+    eval_batch_size: int = 32
+    padding: Literal["longest", "max_length"] = "longest"
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+    command: str | None = None
+
+
+class Session(Protocol):
+    """A loaded artifact.
+
+    `run` maps named int64 arrays [batch, length] to logits (classifier [batch, classes], decoder
+    [batch, length, vocabulary]) as float32. Decoders also `prefill` a prompt (logits of its last
+    position, and an opaque cache) and `decode` one token a row with the cache.
+    """
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray: ...
+    def prefill(self, input_ids: np.ndarray) -> tuple[np.ndarray, Any]: ...
+    def decode(self, token: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]: ...
+
+
+class Runtime(Protocol):
+    """How one engine serves. `numerics` raises `Infeasible` for what it cannot serve in its own bits."""
+
+    name: str
+    model_file: str  # "model.onnx", "model.safetensors"
+
+    def numerics(self, options: QuantizeOptions, target: Target) -> Numerics: ...
+
+    def export(
+        self, model: PreTrainedModel, folder: Path, *, kind: str, cache: Path
+    ) -> dict[str, Any]:
+        """Write a converted model; returns the `inputs` and `outputs` of artifact.json.
+
+        `cache` is a folder for what can be shared by models of one signature.
+        """
+
+    def load(self, folder: Path, target: Target) -> Session: ...
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnxruntime": OnnxRuntime(),
+    "torch": TorchRuntime(),
+}

@@ -1,0 +1,117 @@
+"""What a trial is in plain data: its configuration, what became of it, and what was measured.
+
+Driver and worker meet in these types alone; nothing here knows torch or ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Infeasible(Exception):
+    """A configuration that cannot work, with the reason a person can act on."""
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used. Holds every problem found, each a full sentence."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Diverged(Exception):
+    """Training produced a loss that is not finite."""
+
+
+class Frozen(BaseModel):
+    """A value: immutable, compared by content, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def content_hash(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of `value` as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class TrialConfig(Frozen):
+    """One point of the space, every option resolved to its value.
+
+    `prune` lists methods in the order they are applied; an empty list removes nothing. The
+    sections are plain data: each plug-in's own class gives them their meaning.
+    """
+
+    model: str
+    prune: tuple[dict[str, Any], ...] = ()
+    quantize: dict[str, Any] = Field(default_factory=lambda: {"scheme": "none"})
+    finetune: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """The name of the trial: the hash of its configuration."""
+        return content_hash(self.model_dump(mode="json"))
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+class TrialStatus(StrEnum):
+    """What became of a trial."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"  # ended early by its rung, on purpose
+    FAILED = "failed"
+    SKIPPED = "skipped"  # never trained: a limit or the dense model's quality ruled it out
+
+
+class Reason(StrEnum):
+    """Why a trial did not complete."""
+
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    DIVERGED = "diverged"
+    INFEASIBLE = "infeasible"
+    ERROR = "error"
+
+
+class Measurement(Frozen):
+    """All numbers of one artifact on one split, taken from the artifact in its runtime.
+
+    `intervals` holds 95 % intervals by metric name. `notes` says what a reader must know to
+    trust a number, for instance that a latency did not settle before its cap.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    num_examples: int = 0
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class TrialResult(Frozen):
+    """What a worker hands back for one configuration.
+
+    `test` is filled for points of the front alone, at the end of the study, and chooses nothing.
+    `details` is what the stages report about themselves: sparsity reached, largest difference
+    between trained and served numbers, training curve, seconds a stage.
+    """
+
+    trial_id: str
+    config: TrialConfig
+    status: TrialStatus
+    reason: Reason | None = None
+    message: str = ""
+    measurement: Measurement | None = None
+    test: Measurement | None = None
+    artifact: str | None = None
+    sha256: str | None = None
+    device_seconds: float = 0.0
+    details: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,65 @@
+"""A stage's work is done once, appears whole or not at all, and is never trusted when damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.stages import Stages, write_atomically
+
+
+def counted(calls: list[int], text: str = "weights"):
+    def build(folder: Path) -> None:
+        calls.append(1)
+        (folder / "model.txt").write_text(text)
+
+    return build
+
+
+def test_equal_inputs_are_worked_on_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+    first = Stages(tmp_path).once("dense", {"seed": 0}, counted(calls), version=1)
+    again = Stages(tmp_path).once("dense", {"seed": 0}, counted(calls), version=1)
+    assert first == again and len(calls) == 1
+    assert (first / "model.txt").read_text() == "weights"
+
+
+@pytest.mark.parametrize(
+    ("stage", "inputs", "version"),
+    [("dense", {"seed": 1}, 1), ("dense", {"seed": 0}, 2), ("other", {"seed": 0}, 1)],
+)
+def test_other_inputs_stage_or_version_are_other_results(
+    tmp_path: Path, stage: str, inputs: dict[str, int], version: int
+) -> None:
+    calls: list[int] = []
+    one = Stages(tmp_path).once("dense", {"seed": 0}, counted(calls), version=1)
+    two = Stages(tmp_path).once(stage, inputs, counted(calls), version=version)
+    assert one != two and len(calls) == 2
+
+
+def test_a_damaged_result_is_built_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+    folder = Stages(tmp_path).once("dense", {}, counted(calls), version=1)
+    (folder / "model.txt").write_text("weightz")
+    folder = Stages(tmp_path).once("dense", {}, counted(calls), version=1)
+    assert len(calls) == 2
+    assert (folder / "model.txt").read_text() == "weights"
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        Stages(tmp_path).once("dense", {}, fail, version=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_atomically(path, "1")
+    write_atomically(path, "2")
+    assert path.read_text() == "2"
+    assert [p.name for p in path.parent.iterdir()] == ["a.json"]
