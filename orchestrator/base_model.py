@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,8 @@ def load_base(
             dtype=torch.float32,
             trust_remote_code=options.trust_remote_code,
         )
+    accepted = inspect.signature(model.forward).parameters
+    tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in accepted]
     return Base(model.eval(), tokenizer, source_of(options, config))
 
 
@@ -163,6 +167,28 @@ def _check_labels(options: ModelOptions, config: PretrainedConfig, labels: Seque
         )
 
 
+def neighbours(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int = 15
+) -> dict[str, list[str]]:
+    """For each whole word of the vocabulary the `count` whole words nearest by cosine of its embedding."""
+    table = model.get_input_embeddings().weight.detach().float()
+    words = {token: index for token, index in tokenizer.get_vocab().items() if _is_word(token)}
+    names, rows = list(words), torch.tensor(list(words.values()), dtype=torch.long)
+    vectors = torch.nn.functional.normalize(table[rows] - table[rows].mean(0), dim=1)
+    near: dict[str, list[str]] = {}
+    for start in range(0, len(names), 1024):
+        similar = vectors[start : start + 1024] @ vectors.T
+        best = similar.topk(min(count + 1, len(names)), dim=1).indices.tolist()
+        for name, found in zip(names[start : start + 1024], best, strict=True):
+            near[name] = [names[i] for i in found if names[i] != name]
+    return near
+
+
+def _is_word(token: str) -> bool:
+    return len(token) > 1 and token.isascii() and token.isalpha()
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that encode alike."""
-    return content_hash(tokenizer.backend_tokenizer.to_str())
+    """Equal for tokenizers that encode alike; what the last call set (truncation, padding) is not part."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return content_hash({k: v for k, v in state.items() if k not in ("truncation", "padding")})

@@ -10,7 +10,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from orchestrator.base_model import Base, load_base, tokenizer_key
-from orchestrator.finetune import FinetuneOptions, cached_teacher, finetune, live_teacher, predict
+from orchestrator.base_model import Base, load_base, neighbours, tokenizer_key
+from orchestrator.finetune import (
+    CachedTeacher,
+    FinetuneOptions,
+    cached_teacher,
+    finetune,
+    live_teacher,
+    predict,
+)
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
@@ -28,23 +35,33 @@ from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split
+from orchestrator.tasks.augmentation import Augmentation, augment
 from orchestrator.trial import BadInput, TrialConfig, content_hash
 
-DENSE_VERSION = 1
+DENSE_VERSION = 2
+ANSWERS_VERSION = 1
 Teacher = Callable[[np.ndarray, dict[str, torch.Tensor]], torch.Tensor]
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A trained dense model: where its checkpoint lies, and how it came to be.
+    """The trained dense model: where its checkpoints lie, and how it came to be.
 
-    `config` is the trial configuration that describes it; `validation` its quality in torch.
+    `config` is the trial configuration that describes it, `candidates` what it is the best of.
     """
 
     folder: Path
     config: TrialConfig
     candidates: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Rows to train on and, where there is one, the teacher that answers them by their index."""
+
+    rows: Rows
+    teacher: Teacher | None
 
 
 class Bench:
@@ -67,7 +84,7 @@ class Bench:
         self.rows_limit, self.steps_limit = rows_limit, steps_limit
         self._bases: dict[str, Base] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}
-        self._teachers: dict[str, Teacher] = {}
+        self._lessons: dict[str, Lesson] = {}
         self._sessions: dict[str, Session] = {}
 
     # -- data ------------------------------------------------------------------------------------
@@ -82,12 +99,12 @@ class Bench:
 
     @cached_property
     def data_key(self) -> str:
-        """The hash of every row that is trained or scored on."""
+        """The hash of every row that is trained or scored on, and of how it is read."""
         content = {
             split: [list(rows.ids), [list(text) for text in rows.texts], list(rows.labels or [])]
             for split, rows in self.rows.items()
         }
-        return content_hash(content)
+        return content_hash([content, self.labels, self.task.model_dump(mode="json")])
 
     def training_texts(self) -> Iterator[str]:
         for text in self.rows["train"].texts:
@@ -134,16 +151,17 @@ class Bench:
         }
 
         def build(folder: Path) -> None:
-            trained, best, candidates = self._train_dense(base, grid, note)
-            trained.save_pretrained(folder / "model")
-            base.tokenizer.save_pretrained(folder / "model")
-            config = self.dense_config(model, best)
+            start, baseline, options, candidates = self._train_dense(base, grid, note)
+            start.save_pretrained(folder / "start")
+            baseline.save_pretrained(folder / "baseline")
+            base.tokenizer.save_pretrained(folder / "baseline")
+            config = self.dense_config(model, options)
             text = {"config": config.model_dump(mode="json"), "candidates": candidates}
             (folder / "dense.json").write_text(json.dumps(text, indent=1))
 
         folder = self.stages.once("dense", inputs, build, version=DENSE_VERSION)
         found = json.loads((folder / "dense.json").read_text())
-        return Dense(folder / "model", TrialConfig(**found["config"]), found["candidates"])
+        return Dense(folder, TrialConfig(**found["config"]), found["candidates"])
 
     def dense_config(self, model: str, options: FinetuneOptions) -> TrialConfig:
         """The dense baseline as a trial: nothing pruned, nothing rounded."""
@@ -151,20 +169,23 @@ class Bench:
             model=model, finetune=options.model_dump(mode="json"), seed=self.recipe.seed
         )
 
-    def dense_model(self, model: str) -> PreTrainedModel:
-        """A fresh copy of the dense model, on the CPU, in evaluation mode."""
-        folder = self.dense(model).folder
+    def dense_model(self, model: str, *, trained_on: bool = False) -> PreTrainedModel:
+        """A fresh copy of the dense baseline, on the CPU, in evaluation mode.
+
+        `trained_on` is for trials that train: they start where the baseline stood before it was
+        given the largest budget of a trial, so that no trial has had more steps than it.
+        """
+        folder = self.dense(model).folder / ("start" if trained_on else "baseline")
         loaded = self.task.auto_class().from_pretrained(folder, dtype=torch.float32)
         return loaded.eval()
 
     def _train_dense(
         self, base: Base, grid: list[FinetuneOptions], note: Note
-    ) -> tuple[PreTrainedModel, FinetuneOptions, list[dict[str, Any]]]:
-        """Train each candidate; the best on validation, its options, and how all of them did.
+    ) -> tuple[PreTrainedModel, PreTrainedModel, FinetuneOptions, list[dict[str, Any]]]:
+        """Where trials start, the baseline, the winner's options, and how all candidates did.
 
-        The winner is then trained on for the largest budget that any trial gets, and the better
-        of the two is kept: trials start from a trained model, so a baseline that has not been
-        given the same further steps would flatter them.
+        The best of the grid on validation is where trials start. It is then trained on for the
+        largest budget that any trial gets, and the better of the two is the baseline.
         """
         candidates: list[dict[str, Any]] = []
         best: tuple[float, PreTrainedModel, FinetuneOptions] | None = None
@@ -175,14 +196,14 @@ class Bench:
             if best is None or score > best[0]:
                 best = (score, model, options)
         assert best is not None
-        longer = self.recipe.continued_baseline(best[2])
-        if longer is not None:
-            note("dense, continued")
-            model = copy.deepcopy(best[1])
-            score = self._train_and_score(model, base, longer, candidates, continued=True)
-            if score > best[0]:
-                best = (score, model, best[2])
-        return best[1], best[2], candidates
+        score, start, options = best
+        longer = self.recipe.continued_baseline(options)
+        if longer is None:
+            return start, start, options, candidates
+        note("dense, continued")
+        continued = copy.deepcopy(start)
+        better = self._train_and_score(continued, base, longer, candidates, continued=True)
+        return start, continued if better > score else start, options, candidates
 
     def _train_and_score(
         self,
@@ -215,6 +236,7 @@ class Bench:
                 self.task.quality: value,
                 "steps": report.steps,
                 "seconds": report.seconds,
+                "step_seconds": report.step_seconds,
                 "losses": report.losses,
             }
         )
@@ -222,16 +244,60 @@ class Bench:
 
     # -- what stages ask for ---------------------------------------------------------------------
 
-    def teacher(self, model: str) -> Teacher:
-        """The dense model's logits for training rows; computed once where a row has one answer."""
-        if model not in self._teachers:
-            dense = self.dense_model(model).to(self.device)
+    def lesson(self, model: str, options: FinetuneOptions) -> Lesson:
+        """What a trial trains on. With a teacher, its logits are computed once where a row has one answer."""
+        if options.distillation is None:
+            return Lesson(self.rows["train"], None)
+        key = content_hash([model, options.model_dump(mode="json")["augmentation"]])
+        if key not in self._lessons:
             if self.task.kind == "encoder":
-                train = self.encoded("train", self.base(model).tokenizer)
-                self._teachers[model] = cached_teacher(dense, self.task, train, self.device)
+                self._lessons[key] = self._answered_rows(model, options.augmentation)
             else:
-                self._teachers[model] = live_teacher(dense, self.task)
-        return self._teachers[model]
+                dense = self.dense_model(model).to(self.device)
+                self._lessons[key] = Lesson(self.rows["train"], live_teacher(dense, self.task))
+        return self._lessons[key]
+
+    def _answered_rows(self, model: str, augmentation: Augmentation | None) -> Lesson:
+        """Training rows, and made-up ones beside them, with the dense baseline's logits [rows, classes]."""
+        tokenizer, dense = self.base(model).tokenizer, self.dense(model)
+        train = self.rows["train"]
+        inputs = {
+            "dense": dense.folder.name,
+            "augmentation": augmentation and augmentation.model_dump(mode="json"),
+            "seed": self.recipe.seed,
+        }
+
+        def build(folder: Path) -> None:
+            teacher = self.dense_model(model)
+            texts = list(train.texts)
+            if augmentation is not None:
+                texts += augment(
+                    train,
+                    augmentation,
+                    neighbours=neighbours(teacher, tokenizer),
+                    mask_token=tokenizer.mask_token,
+                    seed=self.recipe.seed,
+                )
+            rows = replace(train, ids=[str(i) for i in range(len(texts))], texts=texts, labels=None)
+            encoded = head_rows(self.task.encode(rows, tokenizer), self.rows_limit)
+            answers = cached_teacher(teacher.to(self.device), self.task, encoded, self.device)
+            np.save(folder / "logits.npy", answers.logits)
+            (folder / "texts.json").write_text(json.dumps(texts))
+
+        folder = self.stages.once("answers", inputs, build, version=ANSWERS_VERSION)
+        logits = np.load(folder / "logits.npy", allow_pickle=False)
+        texts = [tuple(text) for text in json.loads((folder / "texts.json").read_text())]
+        labels = [*(train.labels or []), *logits.argmax(-1).tolist()[len(train.texts) :]]
+        labels += [0] * (len(texts) - len(labels))  # a dry run has answers for its first rows alone
+        ids = [str(number) for number in range(len(texts))]
+        rows = replace(train, ids=ids, texts=texts, labels=labels)
+        return Lesson(rows, CachedTeacher(logits))
+
+    def encoded_lesson(self, lesson: Lesson, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """A lesson's rows as tokens of a trial's own tokenizer."""
+        if lesson.rows is self.rows["train"]:
+            return self.encoded("train", tokenizer)
+        return head_rows(self.task.encode(lesson.rows, tokenizer), self.rows_limit)
 
     def prune_context(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PruneContext:
         """What a pruning method may look at: batches of the training split, shuffled by the seed."""
@@ -242,7 +308,9 @@ class Bench:
             size = self.recipe.calibration_batch_size
             for start in range(0, min(count * size, len(train)), size):
                 batch = self.task.collate(train, order[start : start + size].tolist())
-                yield {name: torch.from_numpy(value) for name, value in batch.items()}
+                yield {
+                    name: torch.from_numpy(value).to(self.device) for name, value in batch.items()
+                }
 
         def loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             return self.task.loss(self.task.logits(model, batch), batch)
@@ -294,7 +362,9 @@ def head_rows(encoded: Encoded, limit: int | None) -> Encoded:
     if limit is None or len(encoded) <= limit:
         return encoded
     labels = None if encoded.labels is None else encoded.labels[:limit]
-    return Encoded(ids=encoded.ids[:limit], features=encoded.features[:limit], labels=labels)
+    return replace(
+        encoded, ids=encoded.ids[:limit], features=encoded.features[:limit], labels=labels
+    )
 
 
 def main() -> None:

@@ -36,12 +36,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 def main() -> None:
     """Run the command; a user's mistake ends with one message and status 2, never a stack trace."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or OK)
     except BadInput as error:
         _complain(error.problems)
         sys.exit(BAD_INPUT)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         err.print("Interrupted. The same command goes on from here.")
         sys.exit(INTERRUPTED)

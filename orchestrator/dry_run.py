@@ -32,6 +32,9 @@ BASELINE_PATH = "dense"
 
 def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
     """Try every path. `works` is whether the baseline and at least one path did."""
+    from orchestrator.quiet import quiet
+
+    quiet()
     from orchestrator.bench import Bench
 
     with tempfile.TemporaryDirectory(prefix="slimtune-dry-") as folder:
@@ -135,9 +138,10 @@ def _row(path: str, result: TrialResult, substituted: str) -> Json:
         "substituted": substituted,
         "stage_seconds": result.details.get("stage_seconds", {}),
     }
-    training = result.details.get("training")
+    candidates = result.details.get("candidates")  # of the baseline
+    training = candidates[0] if candidates else result.details.get("training")
     if training:
-        row |= {"step_s": training["step_seconds"], "steps": training["steps"]}
+        row["step_s"] = training["step_seconds"]
     return row
 
 

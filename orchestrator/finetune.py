@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from orchestrator.problems import nearest
+from orchestrator.tasks.augmentation import Augmentation
 from orchestrator.trial import BadInput, Diverged, Frozen
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class FinetuneOptions(Frozen):
     """A recipe's finetune section, in the names of transformers' `TrainingArguments`.
 
     `max_steps` overrides the epochs; 0 trains nothing. `bf16: auto` is on where the hardware has
-    it. `group_by_length` puts rows of similar length into a batch. `freeze` lists parts of
+    it. `augmentation` adds rows that the teacher answers; an epoch goes over those too.
+    `group_by_length` puts rows of similar length into a batch. `freeze` lists parts of
     parameters' names that stay as they are. `dropout` replaces the model's own.
     """
 
@@ -64,18 +66,27 @@ class FinetuneOptions(Frozen):
     bf16: bool | Literal["auto"] = "auto"
     group_by_length: bool = True
     distillation: Distillation | None = None
+    augmentation: Augmentation | None = None
     freeze: tuple[str, ...] = ()
     dropout: float | None = Field(None, ge=0, lt=1)
     logging_steps: int = Field(10, gt=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.augmentation is not None and self.distillation is None:
+            raise ValueError("`augmentation` makes rows for a teacher: set `distillation` too")
+        return self
+
 
 class TrainingReport(Frozen):
-    """How training went. `losses` are (step, mean loss since the one before)."""
+    """How training went. `losses` are (step, mean loss since the one before); `step_seconds` is
+    the median of all steps but the first, which warms up."""
 
     steps: int
     epochs: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
+    step_seconds: float
     tokens: int
     peak_learning_rate: float
 
@@ -122,6 +133,7 @@ def finetune(
         parameters = [p for p in model.parameters() if p.requires_grad]
         batches = micro_batches(task, encoded, lengths, options, seed=seed)
         started = time.perf_counter()
+        ends = [started]
         for step in range(1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
@@ -140,6 +152,7 @@ def finetune(
             curve.add(step, step_loss, norm)
             for callback in on_step:
                 callback(step, num_steps)
+            ends.append(time.perf_counter())
         seconds = time.perf_counter() - started
     model.eval()
     return TrainingReport(
@@ -147,6 +160,7 @@ def finetune(
         epochs=num_steps * accumulation / batches_an_epoch,
         losses=tuple(curve.points),
         seconds=seconds,
+        step_seconds=float(np.median(np.diff(ends)[-max(1, num_steps - 1) :])) if num_steps else 0,
         tokens=tokens,
         peak_learning_rate=options.learning_rate if num_steps else 0.0,
     )

@@ -17,14 +17,16 @@ from orchestrator.problems import Place, Problem, describe
 from orchestrator.trial import Frozen
 
 Number = int | float
-ABSENT = (
-    object()
-)  # what a parameter is worth whose `when` does not hold and that has no `otherwise`
+ABSENT = object()
+"""What a parameter is worth whose `when` does not hold and that has no `otherwise`."""
 
 
 class Parameter(Frozen):
-    """What choices and ranges share: `when` maps paths of the configuration to the value (or a
-    list of values) they must have for the parameter to exist; else `otherwise` stands in."""
+    """What choices and ranges share.
+
+    `when` maps paths of the configuration to the value, or list of values, that they must have for
+    the parameter to exist; else `otherwise` stands in, or nothing: the plug-in's own default.
+    """
 
     when: dict[str, Any] = {}
     otherwise: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def make_plan(recipe: Recipe) -> Json:
     facts = read_manifest_facts(folder) if identity_matches(recipe) else None
     facts = facts or facts_of(recipe)
     recipe.check_facts(facts)
-    rows = [_row("baseline", recipe.trial_config(model=m.id), recipe, facts) for m in recipe.models]
+    rows = [_baseline_row(model.id, recipe, facts) for model in recipe.models]
     for model in recipe.models:
         arguments = (recipe, model.id, _signature(facts, model.id))
         for role, config in (*dense_int8(*arguments), *first_layers(*arguments)):
@@ -64,8 +65,21 @@ def num_steps(finetune: Json, num_train: int) -> int:
     """Optimizer steps of a fine-tuning section on `num_train` rows."""
     if finetune["max_steps"] is not None:
         return int(finetune["max_steps"])
-    rows = finetune["per_device_train_batch_size"] * finetune["gradient_accumulation_steps"]
-    return int(-(-num_train // rows) * finetune["num_train_epochs"])
+    if finetune["augmentation"] is not None:
+        num_train *= 1 + finetune["augmentation"]["copies"]
+    batches = -(-num_train // finetune["per_device_train_batch_size"])
+    return math.ceil(
+        finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
+    )
+
+
+def _baseline_row(model: str, recipe: Recipe, facts: Json) -> Json:
+    """The dense model: its grid, and the winner's further training."""
+    budgets = recipe.baseline_budgets(model)
+    configs = [recipe.trial_config(model=model, finetune=budget) for budget in budgets]
+    signature = _signature(facts, model)
+    seconds = sum(training_seconds(config, signature, facts) for config in configs)
+    return _row("baseline", configs[0], recipe, facts) | {"predicted_s": seconds}
 
 
 def _row(role: str, config: TrialConfig, recipe: Recipe, facts: Json) -> Json:

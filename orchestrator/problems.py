@@ -17,6 +17,7 @@ def nearest(name: object, valid: Iterable[str]) -> str:
     """How a sentence about an unknown name ends: the closest valid one, then all of them."""
     known = sorted(valid)
     close = difflib.get_close_matches(str(name), known, n=1)
+    close = close or [item for item in known if name and item.startswith(str(name))]
     hint = f"; did you mean `{close[0]}`?" if close else "."
     return f"{hint} Choices: {', '.join(known)}."
 
@@ -42,9 +43,10 @@ def _sentence(detail: Any, path: Place, model: type[BaseModel], what: str) -> st
         return "is empty"
     if detail["type"] == "extra_forbidden":
         owner = _model_at(model, path[:-1])
-        name = f"`{what}`" if owner is model else f"`{'.'.join(map(str, path[:-1]))}`"
+        keys = [key for key in path[:-1] if isinstance(key, str)]
+        name = what if owner is model else ".".join(keys)
         valid = (key for key, field in owner.model_fields.items() if not field.exclude)
-        return f"is not a key of {name}{nearest(path[-1], valid)}"
+        return f"is not a key of `{name}`{nearest(path[-1], valid)}"
     text: str = detail["msg"].removeprefix("Input ")
     if detail["type"] == "value_error":
         return ": " + text.removeprefix("Value error, ")

@@ -66,6 +66,9 @@ def measure_again(artifact: Path, study: Path | None) -> dict[str, Any]:
         (p for p in artifact.resolve().parents if (p / "manifest.json").exists()), None
     )
     recipe = recipe_of(home) if home else None
+    from orchestrator.quiet import quiet
+
+    quiet()
     from orchestrator.measure.again import measure_alone, measure_in_study
 
     measured: Measurement

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -187,8 +186,8 @@ class Recipe(Frozen):
 
     def describe(self, config: TrialConfig, role: str = "trial") -> str:
         """A configuration in a line."""
-        paths = [path for _, path, _ in parameters(self.space.tree)]
-        tuned = [path.partition(".")[2] for path in paths if path.startswith("finetune.")]
+        paths = [path.split(".") for _, path, _ in parameters(self.space.tree)]
+        tuned = dict.fromkeys(path[1] for path in paths if path[0] == "finetune" and path[1:])
         model = f"{config.model}: " if len(self.model) > 1 else ""
         return f"{model}{summary(config, shown=tuned)}{'' if role == 'trial' else f' ({role})'}"
 
@@ -237,7 +236,7 @@ class Recipe(Frozen):
         values["search"] = {k: v for k, v in values["search"].items() if k != "num_trials"}
         return values
 
-    @cached_property
+    @property
     def hash(self) -> str:
         """Equal for recipes that ask for the same work, whatever they are called."""
         return content_hash({k: v for k, v in self.resolved().items() if k not in NOT_IDENTITY})

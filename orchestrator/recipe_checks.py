@@ -16,7 +16,7 @@ from orchestrator.problems import Place, Problem, describe, nearest
 from orchestrator.runtimes import RUNTIMES
 from orchestrator.search.grid import Grid
 from orchestrator.space import Space
-from orchestrator.space_checks import finetune_problems, grid_problems, space_problems
+from orchestrator.space_checks import grid_problems, space_problems
 from orchestrator.tasks import TASKS
 
 
@@ -60,29 +60,27 @@ def same_ids(models: list[Any]) -> Iterator[Problem]:
             yield ("model", i, "id"), f"has to differ between models, got `{name}` twice."
 
 
-def objectives_of(written: Mapping[str, Any], problems: list[Problem]) -> Any:
-    """Objectives with their directions; a recipe names the direction of its own metrics alone."""
+def objectives_of(written: Mapping[str, Any], problems: list[Problem]) -> list[Any]:
+    """Objectives with their directions; a recipe says the direction only of metrics of its own."""
     asked = written.get("objectives", [])
     objectives = []
     for i, item in enumerate(asked if isinstance(asked, list) else [asked]):
         objective = {"name": item} if isinstance(item, str) else item
-        if not isinstance(objective, dict):
-            objectives.append(objective)
-            continue
-        known = DIRECTIONS.get(str(objective.get("name")))
+        known = DIRECTIONS.get(str(objective.get("name"))) if isinstance(objective, dict) else None
         if known is not None and objective.get("direction", known) != known:
             text = f"of {objective['name']} is {known}, got {objective['direction']!r}."
             problems.append((("objectives", i, "direction"), text))
-        if known is not None or not _own_command(written):
+        if isinstance(objective, dict) and (known is not None or not _own_metrics(written)):
             objective = {**objective, "direction": known or "min"}
         objectives.append(objective)
     return objectives
 
 
-def _own_command(written: Mapping[str, Any]) -> bool:
-    """Whether the user's own command measures, and so may give any metric."""
-    target = written.get("target")
-    return isinstance(target, dict) and bool(target.get("command"))
+def _own_metrics(written: Mapping[str, Any]) -> bool:
+    """Whether a command or a task of the user's own measures, and so may give any metric."""
+    target, task = written.get("target"), written.get("task")
+    name = task.get("name") if isinstance(task, dict) else task
+    return is_code(str(name)) or (isinstance(target, dict) and bool(target.get("command")))
 
 
 def limits_of(written: Any, problems: list[Problem]) -> list[Any]:
@@ -137,12 +135,19 @@ def problems_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterat
         yield from below("space", space_problems(values["space"], consent=consent))
         if isinstance(values["search"], Grid):
             yield from below("space", grid_problems(values["space"]))
-    baseline = written.get("baseline")
-    if isinstance(baseline, dict) and isinstance(baseline.get("finetune"), dict):
-        space = Space(model=("",), finetune=baseline["finetune"])
-        yield from below("baseline", space.parsed[1])
-        yield from below("baseline", finetune_problems(space))
-        yield from below("baseline", grid_problems(space))
+    yield from below("baseline", baseline_problems(written.get("baseline")))
+
+
+def baseline_problems(written: Any) -> Iterator[Problem]:
+    """The dense model's own fine-tuning: a grid of options, and nobody to learn from."""
+    section = written.get("finetune") if isinstance(written, dict) else None
+    if not isinstance(section, dict):
+        return
+    if section.get("distillation") is not None:
+        yield ("finetune", "distillation"), "has no teacher: the dense model is the teacher."
+    space = Space(model=("",), finetune=section)
+    yield from space_problems(space, consent=False)
+    yield from grid_problems(space)
 
 
 def below(section: str, problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -160,7 +165,7 @@ def metric_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> It
     task = values["task"]
     whose = "any task" if task is None else name_of(TASKS, task)
     given = frozenset(DIRECTIONS) if task is None else metrics_of(task.kind)
-    if _own_command(written) or is_code(whose):
+    if _own_metrics(written):
         return
     asked: list[tuple[Place, str]] = [(("objectives", i), name) for i, name in enumerate(names)]
     asked += [(("limits", limit["name"]), limit["name"]) for limit in values["limits"]]

@@ -73,11 +73,15 @@ def run_trial(config: TrialConfig, bench: Bench, note: Note) -> TrialResult:
 def run_baseline(model: str, bench: Bench, note: Note) -> TrialResult:
     """Train (once), export and measure the dense model of `model`."""
     folder = bench.recipe.baseline_folder(bench.folder, model)
-    config = bench.dense(model, note).config
+    trained = bench.dense(model, note)
+    config = trained.config
 
     def dense(clock: Clock) -> tuple[Measurement, dict[str, Any], str]:
         served = Served(bench, config, folder / "artifact", bench.base(model).tokenizer)
-        return _deliver(bench.dense_model(model), served, clock, is_baseline=True)
+        measurement, details, sha256 = _deliver(
+            bench.dense_model(model), served, clock, is_baseline=True
+        )
+        return measurement, details | {"candidates": trained.candidates}, sha256
 
     return _reported(config, folder, bench.device, note, dense)
 
@@ -96,7 +100,8 @@ def _compress(
     quantize = QuantizeOptions(**config.quantize)
     options = FinetuneOptions(**config.finetune)
     numerics = bench.runtime.numerics(quantize, bench.target)
-    model = bench.dense_model(config.model).to(bench.device)
+    trains = options.max_steps != 0
+    model = bench.dense_model(config.model, trained_on=trains).to(bench.device)
     tokenizer = bench.base(config.model).tokenizer
 
     clock("prune")
@@ -114,16 +119,17 @@ def _compress(
         on_step.append(_switch_on(model, quantize.qat_start))
 
     clock("finetune")
+    lesson = bench.lesson(config.model, options)
     training = finetune(
         model,
         bench.task,
-        bench.encoded("train", tokenizer),
+        bench.encoded_lesson(lesson, tokenizer),
         options,
         seed=config.seed,
         device=bench.device,
         on_step=on_step,
-        teacher=bench.teacher(config.model) if options.distillation else None,
-        max_steps=bench.steps_limit if options.max_steps != 0 else 0,
+        teacher=lesson.teacher,
+        max_steps=bench.steps_limit if trains else 0,
     )
     for pruning in prunings:
         pruning.finish()
@@ -151,7 +157,7 @@ def _deliver(
     clock("convert")
     shape = served.describe(model)
     trained = served.trained_logits(model)
-    if numerics is not None and quantize is not None and numerics.weight is not None:
+    if numerics is not None and quantize is not None:
         model = convert(model, numerics, ignore=quantize.ignore)
 
     clock("export")

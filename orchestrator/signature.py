@@ -54,9 +54,11 @@ class Weight(Frozen):
         return self.shape[1] if self.role == "conv1d" else self.shape[0]
 
     def is_ignored(self, endings: Sequence[str]) -> bool:
-        """Whether its name, or that of its module, ends in one of `endings`."""
+        """Whether one of `endings` is its name, its module's, or the last dotted parts of either."""
         module = self.name.rpartition(".")[0]
-        return any(name.endswith(end) for name in (self.name, module) for end in endings)
+        return any(
+            f".{name}".endswith(f".{end}") for name in (self.name, module) for end in endings
+        )
 
 
 class Slice(Frozen):
@@ -251,19 +253,20 @@ def check_divides(signature: Signature, group_size: int, *, ignore: Sequence[str
 def weight_bytes(signature: Signature, *, numerics: Numerics, ignore: Sequence[str] = ()) -> int:
     """Bytes of all stored weights under `numerics`: codes, scales and what stays floating point.
 
-    A weight tied to an embedding is stored once, as the embedding is.
+    A weight tied to an embedding is stored once, as the embedding is, which stays floating point
+    where either of them is ignored.
     """
-    quantized = {weight.name for weight in signature.quantizable_weights(ignore=ignore)}
+    ignored = {
+        signature.tied.get(w.name, w.name) for w in signature.weights if w.is_ignored(ignore)
+    }
+    roundings = dict.fromkeys(("linear", "conv1d"), numerics.weight)
+    roundings["embedding"] = numerics.embedding
     float_bytes = {"float32": 4, "bfloat16": 2}[numerics.dtype]
     total = 0
     for weight in signature.weights:
         if weight.name in signature.tied:
             continue
-        rounding = None
-        if weight.name in quantized:
-            rounding = numerics.weight
-        elif weight.role == "embedding" and not weight.is_ignored(ignore):
-            rounding = numerics.embedding
+        rounding = None if weight.name in ignored else roundings.get(weight.role)
         total += _code_bytes(weight, rounding) if rounding else weight.size * float_bytes
     return total
 

@@ -218,22 +218,30 @@ def summary(config: TrialConfig, *, shown: Collection[str] = ()) -> str:
     scheme = [quantize.pop("scheme"), "QAT" if quantize.pop("qat") else ""]
     scheme += [_words(quantize, QuantizeOptions)]
     options = FinetuneOptions(**config.finetune)
-    steps = f"{options.num_train_epochs:g} epochs"
+    count, unit = options.num_train_epochs, "epoch"
     if options.max_steps is not None:
-        steps = f"{options.max_steps} steps"
+        count, unit = options.max_steps, "step"
+    steps = f"{count:g} {unit}{'' if count == 1 else 's'}"
     training = [steps if trains(options) else "no training"]
     training += ["distilled"] if options.distillation else []
-    training += [f"{name}={config.finetune[name]}" for name in shown]
+    told = ("max_steps", "num_train_epochs", "distillation")
+    training += [f"{name}={_short(config.finetune[name])}" for name in shown if name not in told]
     parts = [" + ".join(methods) or "dense", " ".join(filter(None, scheme)), " ".join(training)]
     return " · ".join(parts)
 
 
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def _words(options: dict[str, Any], model: type[BaseModel]) -> str:
     """A method's name, then what is not at its default."""
-    name = options.pop("method", "")
-    defaults = {key: field.get_default() for key, field in model.model_fields.items()}
-    other = {k: v for k, v in options.items() if v != to_jsonable_python(defaults[k])}
-    return " ".join(filter(None, [name, *(f"{key}={value}" for key, value in other.items())]))
+    words = [options.pop("method", "")]
+    for key, value in options.items():
+        field = model.model_fields[key]
+        if field.is_required() or value != to_jsonable_python(field.get_default()):
+            words.append(key if value is True else f"{key}={_short(value)}")
+    return " ".join(filter(None, words))
 
 
 def infeasible(config: TrialConfig, signature: Signature, recipe: Recipe) -> str | None:

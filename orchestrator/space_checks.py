@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.parameters import ABSENT, Choice, Range, parameters, settings, variants
@@ -28,14 +29,9 @@ def space_problems(space: Space, *, consent: bool) -> Iterator[Problem]:
     for place, section in _sections(tree["quantize"], ("quantize",)):
         yield from _option_problems(section, QuantizeOptions, place, what="quantize")
         yield from _scheme_problems(section, place)
-    yield from finetune_problems(space)
-    yield from _condition_problems(space)
-
-
-def finetune_problems(space: Space) -> Iterator[Problem]:
-    """What is wrong with the fine-tuning section alone."""
-    for place, section in _sections(space.parsed[0]["finetune"], ("finetune",)):
+    for place, section in _sections(tree["finetune"], ("finetune",)):
         yield from _option_problems(section, FinetuneOptions, place, what="finetune")
+    yield from _condition_problems(space)
 
 
 def grid_problems(space: Space) -> Iterator[Problem]:
@@ -130,29 +126,50 @@ def _value_problems(
     except ValidationError as error:
         for inner, text in describe(error, model, values, what=what):
             key = str(inner[0]) if inner else ""
-            moved = key in located and located[key][0] != (*place, key)
+            known = key in located and key in model.model_fields
+            moved = known and located[key][0] != (*place, key)
             yield located[key][0] if moved else (*place, *inner), text
 
 
 def _condition_problems(space: Space) -> Iterator[Problem]:
     """Conditions on what is not in the space, that can never hold, or that wait for each other."""
     tree = space.parsed[0]
-    known: dict[str, list[Any]] = {}
-    for path, value in settings(tree):
-        known.setdefault(path, []).append(value)
+    drawn = _values_by_path(settings(tree))
     waits: dict[str, set[str]] = {}
     for place, path, parameter in parameters(tree):
         for name, wanted in parameter.when.items():
-            yield from _condition((*place, "when", name), name, wanted, known)
+            yield from _condition((*place, "when", name), name, wanted, drawn)
             waits.setdefault(path, set()).add(name)
             waits.setdefault(name, set()).add(name.rpartition(".")[0] or name.partition(".")[0])
+    resolved = _values_by_path([*settings(tree), *_defaults(tree)])
     for i, rule in enumerate(space.forbid):
         for name, wanted in rule.items():
-            yield from _condition(("forbid", i, name), name, wanted, known)
+            yield from _condition(("forbid", i, name), name, wanted, resolved)
     try:
         TopologicalSorter(waits).prepare()
     except CycleError as error:
         yield (), f"has conditions that wait for each other: {' → '.join(error.args[1])}."
+
+
+def _values_by_path(found: Iterable[tuple[str, Any]]) -> dict[str, list[Any]]:
+    values: dict[str, list[Any]] = {}
+    for path, value in found:
+        values.setdefault(path, []).append(value)
+    return values
+
+
+def _defaults(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every option that a configuration of the space has without being told to, and its value."""
+    classes: list[tuple[str, Any]] = [("quantize", QuantizeOptions)]
+    classes += [("finetune", FinetuneOptions)]
+    for _, section in _sections(tree["prune"], ()):
+        name = section.get("method") if isinstance(section, dict) else None
+        if isinstance(name, str) and name in METHODS:
+            classes.append(("prune", METHODS[name]))
+    for section, options in classes:
+        for key, field in options.model_fields.items():
+            if not field.is_required():
+                yield f"{section}.{key}", to_jsonable_python(field.get_default())
 
 
 def _condition(

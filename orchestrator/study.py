@@ -148,6 +148,7 @@ class Study:
                 self._record(result, folder)
             if result.status is not TrialStatus.COMPLETED:
                 raise NoBaseline(f"the dense baseline of {options.id} failed: {result.message}")
+            self.watch.trial_finished(result)
             outcome = Outcome(result, folder, role="baseline", reused=reused)
             self.baselines[options.id] = self.outcomes[result.trial_id] = outcome
 

@@ -25,9 +25,7 @@ def names(config: TrialConfig) -> list[str]:
 
 
 def test_a_grid_is_the_product_of_choices_with_the_last_turning_fastest():
-    offered = space(
-        prune={"choice": ["none", STRUCTURED]}, quantize={"choice": ["none", "W8A8"]}
-    )
+    offered = space(prune={"choice": ["none", STRUCTURED]}, quantize={"choice": ["none", "W8A8"]})
     drawn = [(names(c), c.quantize["scheme"]) for c in grid(offered)]
     assert drawn == [
         ([], "none"),
@@ -260,7 +258,9 @@ def two_layers(hidden: int = 64, neurons: int = 96) -> Signature:
         own = {"layer": f"layers.{i}", "role": "linear"}
         shapes = {"q": (64, hidden), "o": (hidden, 64), "up": (neurons, hidden)}
         shapes |= {"down": (hidden, neurons)}
-        weights += [Weight(name=f"layers.{i}.{n}.weight", shape=s, **own) for n, s in shapes.items()]
+        weights += [
+            Weight(name=f"layers.{i}.{n}.weight", shape=s, **own) for n, s in shapes.items()
+        ]
         heads = (
             Slice(weight=f"layers.{i}.q.weight", dim=0, size=16),
             Slice(weight=f"layers.{i}.o.weight", dim=1, size=16),
@@ -273,13 +273,15 @@ def two_layers(hidden: int = 64, neurons: int = 96) -> Signature:
         groups += [
             Group(name=f"{layer}.heads", kind="heads", num_units=4, slices=heads, layer=layer),
             Group(
-                name=f"{layer}.neurons", kind="neurons", num_units=neurons, slices=middle, layer=layer
+                name=f"{layer}.neurons",
+                kind="neurons",
+                num_units=neurons,
+                slices=middle,
+                layer=layer,
             ),
         ]
         attentions.append(
-            Attention(
-                layer=layer, group=f"{layer}.heads", num_heads=4, num_kv_heads=4, head_dim=16
-            )
+            Attention(layer=layer, group=f"{layer}.heads", num_heads=4, num_kv_heads=4, head_dim=16)
         )
     groups.append(
         Group(
@@ -319,7 +321,10 @@ TRAINED = {"max_steps": 3}
     [
         ({"prune": {"method": "n_m", "m": 7, "n": 3}}, "blocks of 7"),
         ({"prune": {"method": "structured", "neurons": 0.5}, "quantize": "W4A16"}, "group size 32"),
-        ({"quantize": {"scheme": "W8A8", "qat": True}, "finetune": {"max_steps": 0}}, "budget is 0"),
+        (
+            {"quantize": {"scheme": "W8A8", "qat": True}, "finetune": {"max_steps": 0}},
+            "budget is 0",
+        ),
         (
             {"prune": {**STRUCTURED, "schedule": "gradual"}, "finetune": {"max_steps": 0}},
             "gradual structured",

@@ -101,7 +101,7 @@ def test_special_tokens_keep_their_meaning(family):
         assert config == getattr(new, f"{key}_token_id")
         if model.can_generate():
             assert getattr(model.generation_config, f"{key}_token_id") in (None, config)
-    wanted = [token for token in old.tokenize("a dog", "the fox", add_special_tokens=True)]
+    wanted = old.tokenize("a dog", "the fox", add_special_tokens=True)
     special = [token for token in wanted if token in old.all_special_tokens]
     got = new.tokenize("a dog", "the fox", add_special_tokens=True)
     assert [token for token in got if token in new.all_special_tokens] == special

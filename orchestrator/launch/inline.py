@@ -22,6 +22,9 @@ class Inline:
 
     @cached_property
     def bench(self) -> Bench:
+        from orchestrator.quiet import quiet
+
+        quiet()
         from orchestrator.bench import Bench
 
         return Bench(self.recipe, self.folder, device=self.device)

@@ -17,6 +17,7 @@ from orchestrator.measure.served import Served, measure_latency, measure_quality
 from orchestrator.measure.size import size_metrics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Target
+from orchestrator.tasks import TASKS
 from orchestrator.trial import Measurement, TrialConfig
 
 
@@ -49,7 +50,7 @@ def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:
     length = max(1, description["max_length"] // 2)
     inputs = example_inputs(artifact, batch=target.batch_size, length=length)
     prompt = np.ones((target.batch_size, target.prompt_tokens), np.int64)
-    decoder = any(entry["name"].startswith("past_key_values") for entry in description["inputs"])
+    decoder = TASKS[description["task"]].kind == "decoder"
 
     def one_round() -> dict[str, float]:
         if decoder:

@@ -23,6 +23,8 @@ def element_scores(
     num_batches: int,
 ) -> Scores:
     """A float32 score, none negative, for each element of the named weights; higher is kept."""
+    if not names:
+        return {}
     if importance == "taylor":
         return _taylor(model, names, context=context, num_batches=num_batches)
     if importance == "random":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -166,11 +166,11 @@ class MaskedUnits:
     def _num_weights(self) -> int:
         return sum(weight.size for weight in read_signature(self._model).prunable_weights())
 
-    def _scores(self, names: Sequence[str]) -> Scores:
+    def _scores(self, names: Sequence[str], importance: Importance) -> Scores:
         return element_scores(
             self._model,
             names,
-            importance=self._options.importance,
+            importance=importance,
             context=self._context,
             num_batches=self._options.num_batches,
         )
@@ -189,7 +189,7 @@ class MaskedUnits:
         if self._options.layer_choice == "spread":
             return _spread(group.num_units, count)
         weights = [w for w in signature.weights if w.layer.rpartition(".")[0] == group.stack]
-        scores = self._scores([weight.name for weight in weights])
+        scores = self._scores([weight.name for weight in weights], self._options.importance)
         return _best(layer_scores(scores, weights, num_layers=group.num_units), count)
 
     def _choose_units(self, share: float) -> dict[str, list[int]]:
@@ -201,11 +201,21 @@ class MaskedUnits:
             for group in signature.groups
             if sparsities.get(group.kind)
         }
-        names = list(dict.fromkeys(part.weight for group in counts for part in group.slices))
-        scores = self._scores(names)
-        for name, score in scores.items():
-            score.masked_fill_(self._model.get_parameter(name) == 0, 0.0)
-        return {group.name: _best(unit_scores(scores, group), n) for group, n in counts.items()}
+        alive = self._unit_scores(counts, "magnitude")
+        if any((alive[group.name] > 0).sum() > count for group, count in counts.items()):
+            scores = self._unit_scores(counts, self._options.importance)
+        else:
+            scores = alive  # what has to go is masked already
+        return {
+            group.name: _best(scores[group.name].masked_fill(alive[group.name] == 0, -1.0), count)
+            for group, count in counts.items()
+        }
+
+    def _unit_scores(self, groups: Iterable[Group], importance: Importance) -> Scores:
+        """Scores by group; by magnitude they are 0 for masked units alone."""
+        names = dict.fromkeys(part.weight for group in groups for part in group.slices)
+        scores = self._scores(list(names), importance)
+        return {group.name: unit_scores(scores, group) for group in groups}
 
 
 def _best(scores: torch.Tensor, count: int) -> list[int]:

@@ -28,6 +28,9 @@ class Structured(Scheduled):
     batches each time units are chosen.
     """
 
+    # "spread" is the default since importance, summed over whole layers, misjudges them: on a
+    # trained 5-layer Llama magnitude and taylor both take the first layer, by far the worst choice.
+
     method: Literal["structured"] = "structured"
     heads: float = Field(0.0, ge=0.0, lt=1.0)
     neurons: float = Field(0.0, ge=0.0, lt=1.0)

@@ -35,6 +35,7 @@ def choose_tokens(
     in `texts`. Special tokens keep their id where it is below `size`. Raises `Infeasible` where
     `size` is too small, or the tokenizer is of another kind.
     """
+    assert size <= num_rows
     state = _state(tokenizer)
     ids = _ids(state)
     if max(ids.values()) >= num_rows:

@@ -270,18 +270,13 @@ def _head(model: PreTrainedModel) -> str:
     """The module that gives the logits: a language model's head, or the last linear layer."""
     scorer = model.get_output_embeddings()
     prefix = _prefix(model)
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if module is scorer
-        or (
-            scorer is None
-            and prefix
-            and isinstance(module, nn.Linear)
-            and not name.startswith(prefix)
-        )
-    ]
-    return linear[-1] if linear else ""
+    for name, module in reversed(list(model.named_modules())):
+        if module is scorer:
+            return name
+        outside = bool(prefix) and not name.startswith(prefix)
+        if scorer is None and outside and isinstance(module, nn.Linear):
+            return name
+    return ""
 
 
 def _constants(config: PretrainedConfig, family: Family) -> str:
@@ -356,8 +351,10 @@ def _kept_indices(
     indices: list[int] = []
     position = 0
     for part, group in sorted(owned, key=lambda pair: pair[0].start):
+        units = keep[group.name]
+        assert len(set(units)) == len(units) and 0 <= min(units) <= max(units) < group.num_units
         indices += range(position, part.start)
-        for unit in keep[group.name]:
+        for unit in units:
             first = part.start + unit * part.size
             indices += range(first, first + part.size)
         position = part.start + group.num_units * part.size
@@ -389,6 +386,10 @@ def _keep_layers(
     if units is None or len(units) == len(layers):
         return
     kept = sorted(units)
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False) and kept[-1] >= len(kept):
+        raise Infeasible(
+            "attention is scaled by the layer's index here, so only the first layers can be kept"
+        )
     for modules in stack.attentions:
         if modules.position_bias and kept[0] != 0:
             _move_position_bias(layers[0], layers[kept[0]], modules)
@@ -442,11 +443,9 @@ def _renumber_tokens(model: PreTrainedModel, order: Sequence[int], family: Famil
         for key, value in list(vars(config).items()):
             if key.endswith("_token_id"):
                 setattr(config, key, _renumber(value, renumbered))
+    table = model.get_input_embeddings().weight
     for module in model.modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and module.weight is model.get_input_embeddings().weight
-        ):
+        if isinstance(module, nn.Embedding) and module.weight is table:
             module.padding_idx = renumbered.get(module.padding_idx)
 
 

@@ -173,7 +173,7 @@ class Progress:
     def _tick(self) -> None:
         while not self._done.wait(0.5):
             # nothing else may run while latency is taken, not even this
-            if not self._stage.startswith("measure"):
+            if self._stage not in ("latency", "memory"):
                 self._refresh()
 
     def _counter(self) -> str:

@@ -44,7 +44,16 @@ CHECKED = (
     {"batch": 1, "length": 1, "past": 5, "source": 9},
 )
 LARGEST_DIFFERENCE = 1e-3  # between graph and torch, as a share of the spread of the output
-UNUSED_SETTINGS = ("_name_or_path", "id2label", "label2id", "dtype", "transformers_version")
+UNUSED_SETTINGS = {  # of configs and modules: they name things, or belong to training
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "dtype",
+    "training",
+}
 
 
 def templates(model: PreTrainedModel, *, kind: Kind, cache: Path) -> dict[str, ir.Model]:
@@ -119,10 +128,6 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 def save(model: ir.Model, file: Path) -> None:
     """Write one file; where protobuf cannot hold the weights, a second one with them beside it."""
-    for node in model.graph:
-        for value in node.outputs:
-            if not value.is_graph_output():
-                value.shape = value.type = None  # onnxruntime infers them anew
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     ir.save(model, file, external_data=f"{file.name}.data" if size > LARGEST_FILE else None)
 
@@ -159,7 +164,7 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, bool | int | float | str) and name != "training"
+        if isinstance(value, bool | int | float | str) and name not in ("training", "name_or_path")
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     buffers = {name: _digest(buffer) for name, buffer in module.named_buffers(recurse=False)}
@@ -217,7 +222,7 @@ def _export(part: Part) -> ir.Model:
             verbose=False,
         )
         graph = program.model.graph
-        for name in dict(part.module.named_parameters()).keys() & graph.initializers.keys():
+        for name in [n for n, _ in part.module.named_parameters() if n in graph.initializers]:
             value = graph.initializers.pop(name)
             value.const_value = None
             graph.inputs.append(value)
@@ -225,7 +230,10 @@ def _export(part: Part) -> ir.Model:
     for value, port in zip(graph.outputs, part.outputs, strict=True):
         value.shape = ir.Shape(port.shape)
     fuse_attention(program.model)
-    ClearMetadataAndDocStringPass()(program.model)  # a stack trace a node
+    # A stack trace a node. The shapes stay: onnxruntime fuses more where it knows them.
+    ClearMetadataAndDocStringPass()(program.model)
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     return program.model
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 from torch import nn
@@ -14,8 +13,7 @@ from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.runtimes.onnx_export import WEIGHT, as_array, constant, weight_inputs
 
 MICROSOFT = "com.microsoft"  # the domain of onnxruntime's own operators
-BLOCK_SIZES = (256, 128, 64, 32, 16)  # that MatMulNBits takes, where the scheme leaves the choice
-FLOAT, INT32, UINT8 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.UINT8
+FLOAT = ir.DataType.FLOAT
 
 
 def quantize(model: ir.Model, source: nn.Module) -> None:
@@ -29,12 +27,9 @@ def quantize(model: ir.Model, source: nn.Module) -> None:
 def pack(codes: np.ndarray, *, bits: int, block_size: int) -> np.ndarray:
     """Signed codes [out, in] as MatMulNBits stores them: uint8 [out, blocks, bytes a block].
 
-    Codes are shifted to be unsigned, rows are filled up to whole blocks, and of two 4-bit codes
-    the first has the low half of the byte.
+    Codes are shifted to be unsigned; of two 4-bit codes the first has the low half of the byte.
     """
-    shift = 2 ** (bits - 1)
-    filled = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block_size)))
-    shifted = (filled.astype(np.int16) + shift).astype(np.uint8)
+    shifted = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     if bits == 4:
         shifted = shifted[:, ::2] | shifted[:, 1::2] << 4
     return shifted.reshape(codes.shape[0], -1, block_size * bits // 8)
@@ -46,7 +41,7 @@ class _Writer:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.weights = {value.name: value for value in weight_inputs(graph)}
-        self.codes: dict[int, ir.Value] = {}
+        self.stored: dict[int, ir.Value] = {}
         self.rounded: dict[ir.Value, tuple[ir.Value, ...]] = {}
 
     def write(self, source: nn.Module) -> None:
@@ -64,8 +59,8 @@ class _Writer:
         """Gather codes and scales of the rows, then multiply."""
         assert node.op_type == "Gather"
         tape, ids = Tape(), node.inputs[1]
-        scales = self.constant(f"{name}.scales", as_array(module.scales))
-        codes = tape.op("Gather", [self.shared_codes(name, module), ids])
+        scales = self.shared(f"{name}.scales", module.scales)
+        codes = tape.op("Gather", [self.shared(f"{name}.codes", module.codes), ids])
         codes = tape.op("Cast", [codes], {"to": FLOAT})
         _replace(node, tape, tape.op("Mul", [codes, tape.op("Gather", [scales, ids])]))
 
@@ -73,7 +68,12 @@ class _Writer:
         """A MatMul, or a Gemm with its bias."""
         assert node.op_type in ("MatMul", "Gemm")
         tape = Tape()
-        product = self.blocks if module.numerics.activation is None else self.integers
+        if module.numerics.activation is not None:
+            product = self.integers
+        elif module.numerics.weight.granularity == "group":
+            product = self.blocks
+        else:
+            product = self.floats
         result = product(tape, node.inputs[0], name, module)
         if node.op_type == "Gemm" and len(node.inputs) == 3:
             result = tape.op("Add", [result, node.inputs[2]])
@@ -88,7 +88,7 @@ class _Writer:
         if module.tied_to is None:
             weight = self.constant(f"{name}.codes", as_array(module.codes).T)
         else:
-            weight = tape.op("Transpose", [self.shared_codes(name, module)], {"perm": [1, 0]})
+            weight = tape.op("Transpose", [self.shared(f"{name}.codes", module.codes)], {"perm": [1, 0]})
         product = tape.op("MatMulInteger", [codes, weight, zero_point])
         product = tape.op("Cast", [product], {"to": FLOAT})
         return tape.op("Mul", [product, tape.op("Mul", [scale, scales])])
@@ -96,32 +96,33 @@ class _Writer:
     def blocks(self, tape: Tape, x: ir.Value, name: str, module: QuantizedLinear) -> ir.Value:
         """A float product with weights that are unpacked on the way, block by block."""
         out, width = module.codes.shape
-        bits = module.numerics.weight.bits
-        block = module.group_size or _block_size(width)
-        num_blocks = math.ceil(width / block)
-        scales = as_array(module.scales)
-        scales = scales.repeat(num_blocks // scales.shape[1], axis=1).reshape(-1)
+        bits, block = module.numerics.weight.bits, module.numerics.weight.group_size
         packed = pack(as_array(module.codes), bits=bits, block_size=block)
-        return tape.op(
-            "MatMulNBits",
-            [
-                x,
-                self.constant(f"{name}.codes", packed),
-                self.constant(f"{name}.scales", scales),
-            ],
-            {"K": width, "N": out, "bits": bits, "block_size": block},
-            domain=MICROSOFT,
-        )
+        codes = self.constant(f"{name}.codes", packed)
+        scales = self.constant(f"{name}.scales", as_array(module.scales).reshape(-1))
+        attributes = {"K": width, "N": out, "bits": bits, "block_size": block}
+        return tape.op("MatMulNBits", [x, codes, scales], attributes, domain=MICROSOFT)
 
-    def shared_codes(self, name: str, module: QuantizedLinear | QuantizedEmbedding) -> ir.Value:
-        """Codes int8 [out, in] that an embedding and a tied head both use."""
-        key = module.codes.data_ptr()
-        if key not in self.codes:
-            self.codes[key] = self.constant(f"{name}.codes", as_array(module.codes))
-        return self.codes[key]
+    def floats(self, tape: Tape, x: ir.Value, name: str, module: QuantizedLinear) -> ir.Value:
+        """A float product with weights that are unpacked while loading, which folds constants.
+
+        Not by DequantizeLinear: onnxruntime turns that into a product with rounded inputs.
+        """
+        codes = self.shared(f"{name}.codes", module.codes)
+        weight = tape.op("Cast", [codes], {"to": FLOAT})
+        weight = tape.op("Mul", [weight, self.shared(f"{name}.scales", module.scales)])
+        return tape.op("MatMul", [x, tape.op("Transpose", [weight], {"perm": [1, 0]})])
+
+    def shared(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """What an embedding and a tied head both use."""
+        if tensor.data_ptr() not in self.stored:
+            self.stored[tensor.data_ptr()] = self.constant(name, as_array(tensor))
+        return self.stored[tensor.data_ptr()]
 
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
-        return constant(self.graph, WEIGHT + name, array)
+        """Modules that are called several times find what the first call stored."""
+        known = self.graph.initializers.get(WEIGHT + name)
+        return constant(self.graph, WEIGHT + name, array) if known is None else known
 
 
 def _users(weight: ir.Value) -> list[ir.Node]:
@@ -140,7 +141,3 @@ def _replace(node: ir.Node, tape: Tape, result: ir.Value) -> None:
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
 
-
-def _block_size(width: int) -> int:
-    """The largest block that divides a row, or the smallest where none does."""
-    return next((size for size in BLOCK_SIZES if width % size == 0), BLOCK_SIZES[-1])

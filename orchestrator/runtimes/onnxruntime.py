@@ -14,7 +14,7 @@ from orchestrator.trial import Infeasible
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-    from onnxruntime import InferenceSession, OrtValue
+    from onnxruntime import InferenceSession
     from transformers import PreTrainedModel
 
     from orchestrator.runtimes import Session, Target
@@ -60,6 +60,7 @@ class OnnxRuntime:
         from orchestrator.runtimes.onnx_export import fill, float_weights, save, templates
         from orchestrator.runtimes.onnx_quantize import quantize
 
+        folder.mkdir(parents=True, exist_ok=True)
         weights = float_weights(model)
         described: dict[str, Any] = {"inputs": [], "outputs": []}
         for file, graph_model in templates(model, kind=kind, cache=cache).items():
@@ -78,7 +79,7 @@ class OnnxRuntime:
             )
         session = _open(folder / self.model_file, target)
         if any(port.name == "position_ids" for port in session.get_inputs()):
-            return DecoderSession(session, target)
+            return DecoderSession(session)
         return EncoderSession(session)
 
 
@@ -115,63 +116,52 @@ class Cache:
     """Keys and values of the `length` tokens so far, by the name of the input that takes them."""
 
     length: int
-    states: dict[str, OrtValue]
+    states: dict[str, np.ndarray]
 
 
 class DecoderSession:
-    """Logits [batch, length, vocabulary], and decoding with a cache that stays in the runtime's memory."""
+    """Logits [batch, length, vocabulary], and decoding with a cache of keys and values."""
 
-    def __init__(self, session: InferenceSession, target: Target) -> None:
+    def __init__(self, session: InferenceSession) -> None:
         self._session = session
-        self._device = target.device.partition(":")[0]
         self._past = [p for p in session.get_inputs() if p.name.startswith("past_key_values.")]
-        self._present = [port.name for port in session.get_outputs()][1:]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Positions count from the left, as in training; a missing mask means no padding."""
         ids = inputs["input_ids"]
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": inputs.get("attention_mask", np.ones_like(ids)),
-            "position_ids": np.tile(np.arange(ids.shape[1]), (len(ids), 1)),
-            **self._empty_past(len(ids)),
-        }
-        return self._session.run(["logits"], feeds)[0]
+        mask = inputs.get("attention_mask")
+        cache = self._empty_cache(len(ids))
+        return self._session.run(["logits"], self._feeds(ids, cache, mask))[0]
 
     def prefill(self, input_ids: np.ndarray) -> tuple[np.ndarray, Cache]:
         """Logits [batch, vocabulary] of the last position of a prompt [batch, length]."""
-        from onnxruntime import OrtValue
-
-        empty = self._empty_past(len(input_ids))
-        states = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
-        return self._step(input_ids, Cache(0, states))
+        return self._step(input_ids, self._empty_cache(len(input_ids)))
 
     def decode(self, token: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
         """Logits [batch, vocabulary] after one more token a row."""
         return self._step(token.reshape(-1, 1), cache)
 
     def _step(self, ids: np.ndarray, cache: Cache) -> tuple[np.ndarray, Cache]:
-        batch, length = ids.shape
-        total = cache.length + length
-        positions = np.arange(cache.length, total)
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        binding.bind_cpu_input("attention_mask", np.ones((batch, total), np.int64))
-        binding.bind_cpu_input("position_ids", np.tile(positions, (batch, 1)))
-        for name, state in cache.states.items():
-            binding.bind_ortvalue_input(name, state)
-        binding.bind_output("logits")
-        for name in self._present:
-            binding.bind_output(name, self._device)
-        self._session.run_with_iobinding(binding)
-        logits, *states = binding.get_outputs()
-        return logits.numpy()[:, -1], Cache(total, dict(zip(cache.states, states, strict=True)))
+        # Binding the cache to the runtime's memory was tried: no faster, and slower for small models.
+        logits, *states = self._session.run(None, self._feeds(ids, cache))
+        names = (port.name for port in self._past)
+        length = cache.length + ids.shape[1]
+        return logits[:, -1], Cache(length, dict(zip(names, states, strict=True)))
 
-    def _empty_past(self, batch: int) -> dict[str, np.ndarray]:
+    def _feeds(
+        self, ids: np.ndarray, cache: Cache, mask: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
+        batch, total = len(ids), cache.length + ids.shape[1]
         return {
-            port.name: np.empty((batch, port.shape[1], 0, port.shape[3]), np.float32)
-            for port in self._past
+            "input_ids": ids,
+            "attention_mask": np.ones((batch, total), np.int64) if mask is None else mask,
+            "position_ids": np.tile(np.arange(cache.length, total), (batch, 1)),
+            **cache.states,
         }
+
+    def _empty_cache(self, batch: int) -> Cache:
+        shapes = {port.name: (batch, port.shape[1], 0, port.shape[3]) for port in self._past}
+        return Cache(0, {name: np.empty(shape, np.float32) for name, shape in shapes.items()})
 
 
 class EncoderDecoderSession(_WithoutCache):

@@ -57,9 +57,7 @@ class Task(Protocol):
     """
 
     kind: ClassVar[Kind]
-    quality: ClassVar[
-        str
-    ]  # the metric that `agreement within noise` and limits speak of by default
+    quality: ClassVar[str]  # the metric that limits and comparisons mean by default
     comparable_vocabulary: ClassVar[bool]  # whether `quality` compares models of two vocabularies
 
     @property
