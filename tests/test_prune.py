@@ -394,6 +394,17 @@ def test_taylor_takes_what_the_loss_does_not_feel_and_leaves_gradients_alone():
     assert all(p.grad is None for p in model.parameters() if p is not weight)
 
 
+def test_taylor_looks_at_the_model_without_dropout():
+    masks = []
+    for training in (False, True):
+        model = make("bert").train(training)
+        method = Magnitude(sparsity=0.5, importance="taylor", num_batches=2)
+        method.start(model, context(model))
+        assert model.training == training
+        masks.append(torch.cat([mask.flatten() for mask in zeros(model).values()]))
+    assert torch.equal(*masks)
+
+
 def test_random_importance_depends_on_the_seed_alone():
     masks = []
     for seed in (1, 1, 2):
@@ -572,14 +583,21 @@ def test_masks_are_put_back_in_one_call(monkeypatch):
     assert len(calls) == 1
 
 
-def test_masked_units_are_the_ones_that_go():
-    model = make("t5", feed_forward_proj="relu")
-    method = Structured(neurons=0.5, schedule="gradual", end=0.5, num_batches=1)
+def test_masked_units_stay_masked_beside_others_that_do_nothing():
+    model = make("t5")
+    method = Structured(neurons=0.5, schedule="gradual", end=1.0, num_updates=3, num_batches=1)
     pruning = method.start(model, context(model))
-    for group in read_signature(model).groups_of("neurons"):  # dead ones tie with masked ones
-        up = next(p for p in group.slices if p.weight.endswith("wi.weight"))
-        model.get_parameter(up.weight).data[25:] *= -1e-9
-    pruning.on_step(6, 10)
+
+    def alive():
+        rows = [layer.layer[-1].DenseReluDense.wi.weight for layer in model.decoder.block]
+        return [weight.abs().sum(dim=1) > 0 for weight in rows]
+
+    pruning.on_step(2, 3)
+    for layer, still in zip(model.decoder.block, alive(), strict=True):
+        silent = still.nonzero()[:10]  # their gradients, times their weights, are zero too
+        layer.layer[-1].DenseReluDense.wo.weight.data[:, silent] = 0.0
+    pruning.on_step(3, 3)
+    assert [int(still.sum()) for still in alive()] == [20, 20, 20]
     masked = logits(model)
     pruning.finish()
     torch.testing.assert_close(logits(model), masked, atol=1e-5, rtol=1e-5)

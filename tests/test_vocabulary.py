@@ -7,6 +7,7 @@ import tiny_tokenizers
 import torch
 from tiny_models import make
 from tiny_tokenizers import OTHER_TEXTS, TEXTS
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orchestrator.prune import PruneContext
@@ -170,6 +171,19 @@ def test_special_tokens_keep_low_ids():
     _, old, new, _ = _smaller("roberta")
     assert new.pad_token_id == old.pad_token_id == 1
     assert new.mask_token_id != old.mask_token_id  # it was the last
+
+
+def test_ids_in_a_post_processor_move_with_their_tokens():
+    tokenizer = tiny_tokenizers.byte_level_bpe()
+    end = ("<|endoftext|>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [processors.ByteLevel(), processors.RobertaProcessing(end, end)]
+    )
+    new = rebuild_tokenizer(
+        tokenizer, choose_tokens(tokenizer, TEXTS, size=300, num_rows=len(tokenizer))
+    )
+    ids = new("a dog").input_ids
+    assert ids[0] == ids[-1] == new.eos_token_id == 299
 
 
 @pytest.mark.parametrize("family", ["bert_masked_lm", "gpt2", "llama", "t5"])

@@ -65,6 +65,11 @@ def byte_level_bpe(*, vocab_size: int = 400, roberta: bool = False) -> PreTraine
     backend.train_from_iterator(TEXTS, trainer)
     backend.add_special_tokens([last])
     if not roberta:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"$A {last}",
+            pair=f"$A {last} $B {last}",
+            special_tokens=[(last, backend.token_to_id(last))],
+        )
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, eos_token=last, bos_token=last, pad_token=last
         )
