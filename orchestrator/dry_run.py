@@ -184,13 +184,11 @@ def _fixed_s(row: Json, recipe: Recipe, facts: Json) -> float:
     seconds: dict[str, float] = row["stage_seconds"]
     checks = min(recipe.measure.num_check_inputs, facts["num_validation"])
     grows = {
-        "convert": checks / min(ROWS, checks),
         "check": checks / min(ROWS, checks),
         "quality": facts["num_validation"] / min(ROWS, facts["num_validation"]),
     }
-    return sum(
-        value * grows.get(stage, 1.0) for stage, value in seconds.items() if stage != "finetune"
-    )
+    fixed = {stage: value for stage, value in seconds.items() if stage != "finetune"}
+    return float(sum(value * grows.get(stage, 1.0) for stage, value in fixed.items()))
 
 
 def dry_run_table(tried: Json) -> Table:

@@ -31,8 +31,7 @@ def make_plan(recipe: Recipe) -> Json:
         for role, config in (*dense_int8(*arguments), *first_layers(*arguments)):
             rows.append(_row(role, config, recipe, facts))
     search = recipe.search.start(recipe.space, seed=recipe.seed)
-    while (config := search.ask()) is not None:
-        rows.append(_row("trial", config, recipe, facts))
+    rows += [_row("trial", config, recipe, facts) for config in iter(search.ask, None) if config]
     feasible = [row for row in rows if row["infeasible"] is None]
     return {
         "study": recipe.name,
@@ -58,19 +57,19 @@ def training_seconds(
     batch = config.finetune["per_device_train_batch_size"]
     rows = steps * batch * config.finetune["gradient_accumulation_steps"]
     macs = signature.macs(batch=1, length=max(1, round(model["mean_length"])))
-    return 3.0 * macs * rows / macs_per_s
+    return float(3 * macs * rows / macs_per_s)
 
 
 def num_steps(finetune: Json, num_train: int) -> int:
     """Optimizer steps of a fine-tuning section on `num_train` rows."""
-    if finetune["max_steps"] is not None:
-        return int(finetune["max_steps"])
+    steps: int | None = finetune["max_steps"]
+    if steps is not None:
+        return steps
     if finetune["augmentation"] is not None:
         num_train *= 1 + finetune["augmentation"]["copies"]
     batches = -(-num_train // finetune["per_device_train_batch_size"])
-    return math.ceil(
-        finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
-    )
+    epochs: float = finetune["num_train_epochs"]
+    return math.ceil(epochs * batches / finetune["gradient_accumulation_steps"])
 
 
 def _baseline_row(model: str, recipe: Recipe, facts: Json) -> Json:

@@ -5,6 +5,7 @@ Everything that is reported comes from the artifact, reloaded in its runtime.
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 import time
@@ -156,15 +157,15 @@ def _deliver(
     """Convert, export, reload and measure a trained model."""
     clock("convert")
     shape = served.describe(model)
-    trained = served.trained_logits(model)
+    converted = model
     if numerics is not None and quantize is not None:
-        model = convert(model, numerics, ignore=quantize.ignore)
+        converted = convert(copy.deepcopy(model), numerics, ignore=quantize.ignore)
 
     clock("export")
-    served.export(model)
+    served.export(converted)
 
     measurement, details = measure_served(
-        served, model, trained, shape, is_baseline=is_baseline, stage=clock
+        served, model, converted, shape, is_baseline=is_baseline, stage=clock
     )
     write_card(served.folder, served.bench, served.config, validation=measurement)
     return measurement, details, artifacts.reseal(served.folder)

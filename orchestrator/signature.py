@@ -259,8 +259,11 @@ def weight_bytes(signature: Signature, *, numerics: Numerics, ignore: Sequence[s
     ignored = {
         signature.tied.get(w.name, w.name) for w in signature.weights if w.is_ignored(ignore)
     }
-    roundings = dict.fromkeys(("linear", "conv1d"), numerics.weight)
-    roundings["embedding"] = numerics.embedding
+    roundings: dict[str, WeightNumerics | None] = {
+        "linear": numerics.weight,
+        "conv1d": numerics.weight,
+        "embedding": numerics.embedding,
+    }
     float_bytes = {"float32": 4, "bfloat16": 2}[numerics.dtype]
     total = 0
     for weight in signature.weights:

@@ -23,7 +23,7 @@ from orchestrator.parameters import (
 from orchestrator.plugins import build, find
 from orchestrator.problems import Problem
 from orchestrator.prune import METHODS
-from orchestrator.quantize import Numerics, QuantizeOptions
+from orchestrator.quantize import ALWAYS_FLOAT, Numerics, QuantizeOptions
 from orchestrator.runtimes import RUNTIMES
 from orchestrator.signature import Signature, check_divides, weight_bytes
 from orchestrator.trial import BadInput, Frozen, Infeasible, TrialConfig
@@ -254,7 +254,9 @@ def infeasible(config: TrialConfig, signature: Signature, recipe: Recipe) -> str
         _check_training(config, quantize, numerics)
         _check_vocabulary(config, recipe.task)
         if numerics.weight is not None and numerics.weight.granularity == "group":
-            check_divides(shape, numerics.weight.group_size, ignore=quantize.ignore)
+            check_divides(
+                shape, numerics.weight.group_size, ignore=(*quantize.ignore, *ALWAYS_FLOAT)
+            )
     except Infeasible as reason:
         return str(reason)
     return None
@@ -305,7 +307,7 @@ def predict(
     quantize = QuantizeOptions(**config.quantize)
     runtime = find(RUNTIMES, recipe.target.runtime, what="runtime")
     numerics = runtime.numerics(quantize, recipe.target)
-    size = weight_bytes(shape, numerics=numerics, ignore=quantize.ignore)
+    size = weight_bytes(shape, numerics=numerics, ignore=(*quantize.ignore, *ALWAYS_FLOAT))
     known = {"size_mb": size / 1e6, "num_params": float(shape.num_params)}
     if length is not None:
         known["macs"] = float(shape.macs(batch=recipe.target.batch_size, length=length))

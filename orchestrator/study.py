@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from orchestrator import __version__, pareto
 from orchestrator import front as fronts
@@ -20,7 +20,6 @@ from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher
 from orchestrator.launch.inline import Inline
 from orchestrator.ledger import Ledger
-from orchestrator.pareto import Objective
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.report import write_report
@@ -156,8 +155,8 @@ class Study:
         """The references that are known before the search."""
         for options in self.recipe.models:
             arguments = (self.recipe, options.id, self.signature(options.id))
-            for role, config in (*dense_int8(*arguments), *first_layers(*arguments)):
-                yield role, config
+            yield from dense_int8(*arguments)
+            yield from first_layers(*arguments)
 
     def _run_search(self) -> None:
         search = self.recipe.search.start(self.recipe.space, seed=self.recipe.seed)

@@ -108,8 +108,8 @@ def test_what_is_served_is_what_was_trained(front: dict[str, Any]) -> None:
 def test_a_stranger_with_the_runtime_alone_finds_the_test_score(
     folder: Path, front: dict[str, Any]
 ) -> None:
-    from orchestrator.study import read_manifest
     from orchestrator.recipe import Recipe
+    from orchestrator.study import read_manifest
 
     manifest = read_manifest(folder / "study")
     assert manifest is not None

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-GOOD = "lovely bright warm great fine superb".split()
-BAD = "dull cold awful poor grim bad".split()
-REST = "the a film story scene actor was is and very quite plot".split()
+GOOD = ["lovely", "bright", "warm", "great", "fine", "superb"]
+BAD = ["dull", "cold", "awful", "poor", "grim", "bad"]
+REST = ["the", "a", "film", "story", "scene", "actor", "was", "is", "and", "very", "quite", "plot"]
 
 
 def write_sentences(path: Path, *, rows: int, seed: int = 0) -> Path:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from orchestrator.measure import MeasureOptions
-from orchestrator.runtimes import Session, Target
+from orchestrator.runtimes import Session
 from orchestrator.trial import Measurement
 
 Timing = dict[str, float]

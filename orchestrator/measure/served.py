@@ -84,17 +84,16 @@ class Served:
         )
         return [batch for _, batch in batches]
 
-    def trained_logits(self, model: PreTrainedModel) -> list[np.ndarray]:
-        """The trained model's answers to `check_batches`, float32."""
+    def answer(self, model: PreTrainedModel) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+        """The trained model as something that answers batches, float32."""
         import torch
 
-        model.eval()
-        answers = []
-        with torch.inference_mode():
-            for batch in self.check_batches():
-                tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-                answers.append(self.bench.task.logits(model, tensors).float().numpy())
-        return answers
+        def logits(batch: dict[str, np.ndarray]) -> np.ndarray:
+            tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+            with torch.inference_mode():
+                return self.bench.task.logits(model, tensors).float().numpy()
+
+        return logits
 
     def export(self, model: PreTrainedModel) -> None:
         """Write the folder that is deployed, whole, with its hashes."""
@@ -120,21 +119,26 @@ class Served:
 
 def measure_served(
     served: Served,
-    model: PreTrainedModel,
-    trained: list[np.ndarray],
+    trained: PreTrainedModel,
+    converted: PreTrainedModel,
     shape: dict[str, float],
     *,
     is_baseline: bool,
     stage: Callable[[str], None],
 ) -> tuple[Measurement, dict[str, Any]]:
-    """Every number of an artifact on the validation split; `model` is what was exported."""
+    """Every number of an artifact on the validation split.
+
+    `trained` is the model as training left it, `converted` what was exported of it.
+    """
     bench, config = served.bench, served.config
     stage("check")
     details: dict[str, Any] = {
-        "served_difference": largest_difference(trained, served.session, served.check_batches())
+        "served_difference": largest_difference(
+            served.answer(trained), served.session, served.check_batches()
+        )
     }
     if bench.task.kind == "decoder":
-        details["greedy_tokens_equal"] = _greedy_equal(served, model)
+        details["greedy_tokens_equal"] = _greedy_equal(served, converted)
     stage("quality")
     dense = None if is_baseline else dense_predictions(bench, config.model, "validation")
     quality = measure_quality(served, "validation", dense)

@@ -15,6 +15,20 @@ from orchestrator.trial import Frozen
 Granularity = Literal["tensor", "token", "channel", "group"]
 
 
+# The last layer of a classification head has a row a label: it weighs a few kilobytes, and the
+# logits hang on it. Tables of a few rows cost more to look up rounded than they save.
+ALWAYS_FLOAT = (
+    "classifier",
+    "classifier.out_proj",
+    "classification_head.out_proj",
+    "score",
+    "qa_outputs",
+    "token_type_embeddings",
+    "relative_attention_bias",
+)
+"""Endings of module names that stay in floating point under every scheme."""
+
+
 class WeightNumerics(Frozen):
     """How weights are rounded. `channel` is one scale an output row, `group` one a row and block of inputs.
 

@@ -10,22 +10,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from orchestrator.quantize import Numerics, WeightNumerics
+from orchestrator.quantize import ALWAYS_FLOAT, Numerics, WeightNumerics
 from orchestrator.quantize.fake import FAKES, FakeQuantInput, make_fake
 from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.quantize.rounding import code_range, quantize_weight
 from orchestrator.trial import Infeasible
-
-# The last layer of a classification head has a row a label: it weighs a few kilobytes, and the
-# logits hang on it. Tables of a few rows cost more to look up rounded than they save.
-FLOAT_HEADS = (
-    "classifier",
-    "classifier.out_proj",
-    "classification_head.out_proj",
-    "score",
-    "qa_outputs",
-)
-FLOAT_TABLES = ("token_type_embeddings", "relative_attention_bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +48,7 @@ class _Layer:
 
 def default_ignore(model: nn.Module) -> list[str]:
     """Names of what stays in floating point under every scheme: label heads and tiny tables."""
-    return [name for name in _candidates(model) if _is_listed(name, FLOAT_HEADS + FLOAT_TABLES)]
+    return [name for name in _candidates(model) if _is_listed(name, ALWAYS_FLOAT)]
 
 
 def prepare(model: nn.Module, numerics: Numerics, *, ignore: Iterable[str] = ()) -> list[str]:

@@ -30,8 +30,8 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.quantize.rounding import dequantize
-from orchestrator.runtimes.onnx_attention import fuse_attention
 from orchestrator.runtimes.onnx_parts import Kind, Part, example, parts
+from orchestrator.runtimes.onnx_rewrite import fuse_attention, keep_norms_apart
 from orchestrator.trial import content_hash
 
 VERSION = 1  # raised when a template changes its meaning
@@ -153,14 +153,12 @@ def _store(graph: ir.Graph, value: ir.Value, tensor: torch.Tensor) -> None:
 def _facts(module: nn.Module) -> dict[str, Any]:
     """What a graph takes from a module; a quantized one has the facts of its float twin."""
     if isinstance(module, QuantizedLinear | Conv1D) or type(module) is nn.Linear:
-        shape = (
-            (module.nf, module.nx)
-            if isinstance(module, Conv1D)
-            else (module.out_features, module.in_features)
-        )
-        return {"linear": shape, "bias": module.bias is not None}
+        weight = module.codes if isinstance(module, QuantizedLinear) else module.weight
+        out_in = weight.T.shape if isinstance(module, Conv1D) else weight.shape
+        return {"linear": tuple(out_in), "bias": module.bias is not None}
     if isinstance(module, QuantizedEmbedding) or type(module) is nn.Embedding:
-        return {"embedding": (module.num_embeddings, module.embedding_dim)}
+        table = module.codes if isinstance(module, QuantizedEmbedding) else module.weight
+        return {"embedding": tuple(table.shape)}
     settings = {
         name: value
         for name, value in vars(module).items()
@@ -230,6 +228,7 @@ def _export(part: Part) -> ir.Model:
     for value, port in zip(graph.outputs, part.outputs, strict=True):
         value.shape = ir.Shape(port.shape)
     fuse_attention(program.model)
+    keep_norms_apart(program.model)
     # A stack trace a node. The shapes stay: onnxruntime fuses more where it knows them.
     ClearMetadataAndDocStringPass()(program.model)
     for value in (*graph.inputs, *graph.initializers.values()):
@@ -261,23 +260,22 @@ def _quiet() -> Iterator[None]:
 
 
 def _check(part: Part, template: Path, scratch: Path) -> None:
-    """Compare the filled template with torch, with the model's own masks, at sizes not traced."""
+    """Compare the filled template with torch, and torch's own masks, at sizes that were not traced."""
     model = ir.load(template)
     fill(model.graph, float_weights(part.module.model))
     save(model, scratch)
     session = onnxruntime.InferenceSession(scratch, providers=["CPUExecutionProvider"])
-    own_mask, part.module.own_mask = part.module.own_mask, False
+    part.module.own_mask = False
     for sizes in CHECKED:
         inputs = example(part, sizes)
         with torch.inference_mode():
             expected = part.module(*inputs)
-        expected = expected if isinstance(expected, tuple) else (expected,)
+        if isinstance(expected, torch.Tensor):
+            expected = (expected,)
         feeds = {p.name: as_array(t) for p, t in zip(part.inputs, inputs, strict=True)}
-        for port, served, wanted in zip(
-            part.outputs, session.run(None, feeds), expected, strict=True
-        ):
+        found = session.run([port.name for port in part.outputs], feeds)
+        for port, served, wanted in zip(part.outputs, found, expected, strict=True):
             _compare(f"{port.name} of {part.file} at {sizes}", served, as_array(wanted))
-    part.module.own_mask = own_mask
 
 
 def _compare(what: str, served: np.ndarray, expected: np.ndarray) -> None:

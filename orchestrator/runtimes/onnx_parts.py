@@ -51,17 +51,26 @@ class Part:
 
 
 class EncoderGraph(GraphModule):
-    """Token ids to class logits; `names` are the model's keyword arguments, in order."""
+    """Token ids to class logits; `names` are the model's keyword arguments, in order.
 
-    def __init__(self, model: PreTrainedModel, *, names: Sequence[str], own_mask: bool) -> None:
+    ONNX wants rotary angles for every row: `own_positions` gives positions to models that have them.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, names: Sequence[str], own_mask: bool, own_positions: bool
+    ) -> None:
         super().__init__(model, own_mask=own_mask)
         self.names = names
+        self.own_positions = own_positions
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         inputs = dict(zip(self.names, tensors, strict=True))
         if self.own_mask:
             mask = inputs["attention_mask"].bool()
             inputs["attention_mask"] = mask[:, None, None].expand(-1, -1, mask.shape[1], -1)
+        if self.own_positions:
+            ids = inputs["input_ids"]
+            inputs["position_ids"] = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
         return self.model(**inputs).logits
 
 
@@ -156,7 +165,14 @@ def _encoder(model: PreTrainedModel) -> list[Part]:
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
-    module = EncoderGraph(model, names=names, own_mask=_attends_to_all(model))
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    rotary = any(name.endswith("rotary_emb") for name, _ in model.named_modules())
+    module = EncoderGraph(
+        model,
+        names=names,
+        own_mask=_attends_to_all(model) and not causal,
+        own_positions=rotary and "position_ids" in accepted,
+    )
     logits = Port("logits", torch.float32, ("batch", model.config.num_labels))
     return [Part("model.onnx", module, tuple(_tokens(name) for name in names), (logits,))]
 
@@ -194,7 +210,8 @@ def _logits_of_tokens(model: PreTrainedModel) -> Port:
 
 def _cache_shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Key-value heads and head size of every layer, which pruning may have made unequal."""
-    output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    token = torch.ones(1, 1, dtype=torch.int64)
+    output = model(input_ids=token, attention_mask=token, use_cache=True)
     return [(layer.keys.shape[1], layer.keys.shape[3]) for layer in output.past_key_values.layers]
 
 

@@ -88,7 +88,9 @@ class _Writer:
         if module.tied_to is None:
             weight = self.constant(f"{name}.codes", as_array(module.codes).T)
         else:
-            weight = tape.op("Transpose", [self.shared(f"{name}.codes", module.codes)], {"perm": [1, 0]})
+            weight = tape.op(
+                "Transpose", [self.shared(f"{name}.codes", module.codes)], {"perm": [1, 0]}
+            )
         product = tape.op("MatMulInteger", [codes, weight, zero_point])
         product = tape.op("Cast", [product], {"to": FLOAT})
         return tape.op("Mul", [product, tape.op("Mul", [scale, scales])])
@@ -140,4 +142,3 @@ def _replace(node: ir.Node, tape: Tape, result: ir.Value) -> None:
     result.name, result.shape, result.type = old.name, old.shape, old.type
     old.replace_all_uses_with(result, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
-

@@ -219,7 +219,7 @@ def _refusal(scheme: str, *, served: list[str]) -> str:
 def _describe(value: ir.Value, file: str) -> dict[str, Any]:
     """An input or output as artifact.json has it; free axes are names."""
     shape = [size if isinstance(size, int) else size.value for size in value.shape]
-    return {"name": value.name, "dtype": str(value.dtype).lower(), "shape": shape, "file": file}
+    return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape, "file": file}
 
 
 def _open(file: Path, target: Target) -> InferenceSession:

@@ -50,7 +50,15 @@ def augment(
             other = rng.choice(sentences)
             changed.append(
                 tuple(
-                    " ".join(_reword(_recut(words, other[place], options, rng), options, neighbours, mask_token, rng))
+                    " ".join(
+                        _reword(
+                            _recut(words, other[place], options, rng),
+                            options,
+                            neighbours,
+                            mask_token,
+                            rng,
+                        )
+                    )
                     for place, words in enumerate(parts)
                 )
             )

@@ -1,25 +1,37 @@
-"""Attention as one operator a layer.
-
-The exporter splits heads before every attention and merges them after it, repeats shared keys and
-values, and appends them to the cache: all of which ONNX's own Attention does by itself, faster.
-"""
+"""The same computation in operators that onnxruntime serves faster."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+NORMS = ("LayerNormalization", "RMSNormalization")
 SPLIT_HEADS = (0, 2, 1, 3)  # [batch, length, heads, size] to [batch, heads, length, size], and back
 
 
 def fuse_attention(model: ir.Model) -> None:
-    """Rewrite what surrounds each Attention; what does not match its pattern stays as it is."""
+    """One operator for what surrounds each Attention; what does not match stays as it is.
+
+    The exporter splits heads before it and merges them after it, repeats shared keys and values,
+    and appends them to the cache: Attention does all of that by itself.
+    """
     for node in list(model.graph):
         if node.op_type == "Attention":
             _share_heads(node)
             _append_to_cache(node)
             _merge_heads(node)
     RemoveUnusedNodesPass()(model)
+
+
+def keep_norms_apart(model: ir.Model) -> None:
+    """Hide residual sums from onnxruntime, which merges an Add with the norm after it.
+
+    Its merged CPU kernel is scalar: for 32 tokens of 384 it takes 65 us where the two take 14.
+    """
+    for node in model.graph:
+        residual = node.inputs[0].producer() if node.op_type in NORMS else None
+        if residual is not None and residual.op_type == "Add":
+            residual.op_type = "Sum"
 
 
 def _share_heads(node: ir.Node) -> None:
