@@ -234,8 +234,8 @@ def sst2(arguments: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[str,
         "task.train=train.tsv",
         "task.test=dev.tsv",
         "task.validation_share=0.05",
-        "baseline.finetune.learning_rate=1e-4",
-        *(["baseline.finetune.max_steps=4"] if arguments.quick else []),
+        "baseline.finetune={learning_rate: 1e-4, per_device_train_batch_size: 32}",
+        f"baseline.finetune.max_steps={4 if arguments.quick else 400}",
     ]
     recipe = load_recipe(RECIPES / "sst2-minilm.yaml", written)
     return recipe, recipe.baseline.finetune | {"max_steps": 2 if arguments.quick else 120}

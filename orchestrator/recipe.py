@@ -149,14 +149,18 @@ class Recipe(Frozen):
         return [FinetuneOptions(**config.finetune) for config in grid(space)]
 
     def continued_baseline(self, trained: FinetuneOptions) -> FinetuneOptions | None:
-        """What the best dense model is trained on with: the largest budget of a trial, no teacher.
+        """What the best dense model is trained on with: the options of the trial with most budget.
 
-        None where trials do not train, and for a model that is fine-tuned already.
+        Where those are a student's, its own options for that many passes over the real rows. None
+        where trials do not train, and for a model that is fine-tuned already.
         """
         longest = FinetuneOptions(**self.largest_budget())
         if not (trains(trained) and trains(longest)):
             return None
-        return longest.model_copy(update={"distillation": None})
+        if longest.distillation is None:
+            return longest
+        budget = {"num_train_epochs": longest.num_train_epochs, "max_steps": longest.max_steps}
+        return trained.model_copy(update=budget)
 
     def baseline_budgets(self, model: str) -> list[dict[str, Any]]:
         """The fine-tuning of every dense model that is trained, as plain data."""
