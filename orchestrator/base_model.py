@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from orchestrator.stages import file_sha256
 from orchestrator.tasks import Task
 from orchestrator.trial import BadInput, content_hash
 
-WEIGHT_FILES = ("model.safetensors", "config.json")
+SOURCE_FILES = ("config.json", "*.safetensors", "*.bin")  # what a model's numbers hang on
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def load_base(
             revision=options.revision,
             dtype=torch.float32,
             trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=not options.finetuned,  # a head for other labels is made anew
         )
-    accepted = inspect.signature(model.forward).parameters
-    tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in accepted]
+    _fit(tokenizer, model)
     return Base(model.eval(), tokenizer, source_of(options, config))
 
 
@@ -89,7 +90,7 @@ def load_tokenizer(options: ModelOptions, texts: Iterator[str]) -> PreTrainedTok
     if isinstance(options.tokenizer, str) or options.tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(
             options.tokenizer or options.name,
-            revision=options.revision,
+            revision=None if options.tokenizer else options.revision,
             trust_remote_code=options.trust_remote_code,
         )
     else:
@@ -97,6 +98,15 @@ def load_tokenizer(options: ModelOptions, texts: Iterator[str]) -> PreTrainedTok
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Let the tokenizer, and whoever loads it later, give what the model takes and no more."""
+    longest = num_positions(model) or tokenizer.model_max_length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+    accepted = inspect.signature(model.forward).parameters
+    names = [name for name in tokenizer.model_input_names if name in accepted]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
 
 
 def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -119,9 +129,8 @@ def source_of(options: ModelOptions, config: PretrainedConfig) -> dict[str, Any]
         return {"config": options.config}
     folder = Path(options.name or "")
     if folder.is_dir():
-        files = {name: folder / name for name in WEIGHT_FILES}
-        hashes = {name: file_sha256(path) for name, path in files.items() if path.exists()}
-        return {"name": folder.name, "sha256": hashes}
+        files = sorted(path for pattern in SOURCE_FILES for path in folder.glob(pattern))
+        return {"name": folder.name, "sha256": {path.name: file_sha256(path) for path in files}}
     return {"name": options.name, "revision": getattr(config, "_commit_hash", options.revision)}
 
 
@@ -167,27 +176,48 @@ def _check_labels(options: ModelOptions, config: PretrainedConfig, labels: Seque
         )
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest input of a model with learned positions; None for one without."""
+    for name, module in model.named_modules():
+        if name.endswith(("position_embeddings", "wpe")):
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - unused
+    return None
+
+
 def neighbours(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, count: int = 15
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Collection[str],
+    *,
+    count: int = 15,
 ) -> dict[str, list[str]]:
-    """For each whole word of the vocabulary the `count` whole words nearest by cosine of its embedding."""
+    """For each of `words` that is a token the `count` whole words nearest by cosine of its embedding."""
     table = model.get_input_embeddings().weight.detach().float()
-    words = {token: index for token, index in tokenizer.get_vocab().items() if _is_word(token)}
-    names, rows = list(words), torch.tensor(list(words.values()), dtype=torch.long)
-    vectors = torch.nn.functional.normalize(table[rows] - table[rows].mean(0), dim=1)
+    known = whole_words(tokenizer)
+    names = list(known)
+    rows = table[list(known.values())]
+    vectors = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+    asked = [place for place, name in enumerate(names) if name in words]
     near: dict[str, list[str]] = {}
-    for start in range(0, len(names), 1024):
-        similar = vectors[start : start + 1024] @ vectors.T
+    for places in torch.tensor(asked, dtype=torch.long).split(256):
+        similar = vectors[places] @ vectors.T
         best = similar.topk(min(count + 1, len(names)), dim=1).indices.tolist()
-        for name, found in zip(names[start : start + 1024], best, strict=True):
-            near[name] = [names[i] for i in found if names[i] != name]
+        for place, found in zip(places.tolist(), best, strict=True):
+            near[names[place]] = [names[i] for i in found if i != place][:count]
     return near
 
 
-def _is_word(token: str) -> bool:
-    return len(token) > 1 and token.isascii() and token.isalpha()
+def whole_words(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens that are a word by themselves, without the mark that some tokenizers put before one."""
+    vocabulary = tokenizer.get_vocab()
+    marks = ("\u0120", "\u2581")  # of byte-level BPE and of SentencePiece
+    mark = next((m for m in marks if any(t.startswith(m) for t in vocabulary)), "")
+    words = {t.removeprefix(mark): i for t, i in vocabulary.items() if t.startswith(mark)}
+    return {w: i for w, i in words.items() if len(w) > 1 and w.isascii() and w.isalpha()}
 
 
+@lru_cache(maxsize=16)
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that encode alike; what the last call set (truncation, padding) is not part."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

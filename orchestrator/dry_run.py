@@ -7,19 +7,22 @@ exported and measured like a real trial, in a folder that is thrown away.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from orchestrator.cost import Cost, path_of
 from orchestrator.facts import Json
-from orchestrator.plan import num_steps
+from orchestrator.finetune import FinetuneOptions
 from orchestrator.recipe import Recipe
-from orchestrator.references import dense_int8, first_layers
+from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.signature import Signature
-from orchestrator.space import infeasible
+from orchestrator.space import infeasible, trains
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus
 
 if TYPE_CHECKING:
@@ -27,101 +30,112 @@ if TYPE_CHECKING:
 
 ROWS, STEPS = 32, 2
 MAX_CONFIGS = 2000  # so many are looked through for paths
-BASELINE_PATH = "dense"
 
 
 def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
-    """Try every path. `works` is whether the baseline and at least one path did."""
+    """Try every path. `works` is whether the baselines and at least one path did.
+
+    `estimated_hours` is None where a baseline did not.
+    """
     from orchestrator.quiet import quiet
 
     quiet()
     from orchestrator.bench import Bench
 
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="slimtune-dry-") as folder:
         here, substituted = on_this_device(recipe, device)
         bench = Bench(here, Path(folder), device=device, rows_limit=ROWS, steps_limit=STEPS)
         facts = bench.facts()
-        here.check_facts(facts)
-        configs = list(all_configs(here, facts))
-        rows = [_try_baseline(model.id, bench, substituted) for model in here.models]
-        if all(row["works"] for row in rows):
-            for path, config in distinct_paths(configs).items():
-                rows.append(_try(path, config, bench, facts, substituted))
-        works = all(row["works"] for row in rows[: len(here.models)])
-        works = works and any(row["works"] for row in rows[len(here.models) :])
-        hours = estimate_s(here, configs, rows, facts) / 3600
-    return {"study": recipe.name, "paths": rows, "works": works, "estimated_hours": hours}
+        recipe.check_facts(facts)
+        setup_s = time.perf_counter() - started
+        baselines = {m.id: _try_baseline(m.id, bench, substituted) for m in recipe.models}
+        works = all(row["works"] for row in baselines.values())
+        reasons = reasons_against(planned_configs(recipe, facts), recipe, facts)
+        rows = {
+            path: _try(path, config, reasons[config], bench, substituted)
+            for path, config in distinct_paths(reasons).items()
+            if works
+        }
+    cost = Cost(recipe, facts, baselines=baselines, paths=rows, num_tried=ROWS)
+    can_work = [config for config, reason in reasons.items() if reason is None]
+    return {
+        "study": recipe.name,
+        "paths": [*baselines.values(), *rows.values()],
+        "works": works and any(row["works"] for row in rows.values()),
+        "estimated_hours": (setup_s + cost.study_s(can_work)) / 3600 if works else None,
+    }
 
 
 def on_this_device(recipe: Recipe, device: str | None) -> tuple[Recipe, str]:
     """The recipe with a target that this machine has, and what was put in its place."""
+    import torch
+
     wanted = recipe.target.device
-    if not wanted.startswith("cuda") or (device or wanted).startswith("cuda"):
+    has_gpu = torch.cuda.is_available() and device != "cpu"
+    if has_gpu or not wanted.startswith("cuda"):
         return recipe, ""
     target = recipe.target.model_copy(update={"device": "cpu"})
     return recipe.model_copy(update={"target": target}), f"served on cpu instead of {wanted}"
 
 
-def all_configs(recipe: Recipe, facts: Json) -> Iterator[TrialConfig]:
-    """References and what the searcher would ask, up to a bound."""
+def planned_configs(recipe: Recipe, facts: Json) -> list[TrialConfig]:
+    """References and what the searcher would ask, up to a bound, each once, in the study's order."""
+    configs = list(dict.fromkeys(_asked(recipe, facts)))
+    twins = random_twin(configs) if recipe.references.random_twin else []
+    return list(dict.fromkeys([*configs, *twins]))
+
+
+def _asked(recipe: Recipe, facts: Json) -> Iterator[TrialConfig]:
     for model in recipe.models:
-        signature = Signature.model_validate(facts["models"][model.id]["signature"])
-        arguments = (recipe, model.id, signature)
+        arguments = (recipe, model.id, _signature(model.id, facts))
         yield from (config for _, config in dense_int8(*arguments))
         yield from (config for _, config in first_layers(*arguments))
     search = recipe.search.start(recipe.space, seed=recipe.seed)
     yield from islice(iter(search.ask, None), MAX_CONFIGS)
 
 
-def path_of(config: TrialConfig) -> str:
-    """The path that a configuration takes."""
-    methods = " + ".join(method["method"] for method in config.prune) or "none"
-    scheme = config.quantize["scheme"]
-    training = " QAT" if config.quantize["qat"] else ""
-    tables = " + embeddings" if config.quantize["embeddings"] else ""
-    return f"{config.model}: {methods} × {scheme}{training}{tables}"
+def reasons_against(
+    configs: Sequence[TrialConfig], recipe: Recipe, facts: Json
+) -> dict[TrialConfig, str | None]:
+    """Why a configuration cannot work as the recipe has it, None where nothing speaks against it."""
+    signatures = {model.id: _signature(model.id, facts) for model in recipe.models}
+    return {config: infeasible(config, signatures[config.model], recipe) for config in configs}
 
 
-def distinct_paths(configs: Iterable[TrialConfig]) -> dict[str, TrialConfig]:
-    """One configuration a path, the first; one that trains rather than one that does not."""
+def distinct_paths(reasons: Mapping[TrialConfig, str | None]) -> dict[str, TrialConfig]:
+    """One configuration a path: the first that can work and trains, as far as there is one."""
     paths: dict[str, TrialConfig] = {}
-    for config in configs:
-        path = path_of(config)
-        if path not in paths or paths[path].finetune["max_steps"] == 0:
-            paths.setdefault(path, config)
-            if config.finetune["max_steps"] != 0:
-                paths[path] = config
+    for config, reason in reasons.items():
+        rival = paths.setdefault(path_of(config), config)
+        if _rank(config, reason) < _rank(rival, reasons[rival]):
+            paths[path_of(config)] = config
     return paths
+
+
+def _rank(config: TrialConfig, reason: str | None) -> tuple[bool, bool]:
+    return reason is not None, not trains(FinetuneOptions(**config.finetune))
+
+
+def _signature(model: str, facts: Json) -> Signature:
+    return Signature.model_validate(facts["models"][model]["signature"])
 
 
 def _try_baseline(model: str, bench: Bench, substituted: str) -> Json:
     from orchestrator.run_trial import run_baseline
 
-    path = f"{model}: {BASELINE_PATH}"
-    return _row(path, run_baseline(model, bench, _ignore), substituted)
+    return _row(f"{model}: dense", run_baseline(model, bench, _ignore), substituted)
 
 
-def _try(path: str, config: TrialConfig, bench: Bench, facts: Json, substituted: str) -> Json:
+def _try(
+    path: str, config: TrialConfig, reason: str | None, bench: Bench, substituted: str
+) -> Json:
     from orchestrator.run_trial import run_trial
 
-    signature = Signature.model_validate(facts["models"][config.model]["signature"])
-    config, instead = _servable(config, signature, bench.recipe)
-    reason = infeasible(config, signature, bench.recipe)
-    if reason is not None:
-        return {"path": path, "works": False, "why_not": reason, "substituted": substituted}
-    note = ", ".join(filter(None, (substituted, instead)))
-    return _row(path, run_trial(config, bench, _ignore), note)
-
-
-def _servable(config: TrialConfig, signature: Signature, recipe: Recipe) -> tuple[TrialConfig, str]:
-    """A 4-bit scheme that this device does not serve is tried with 8 bits, and that is said."""
-    wanted = config.quantize["scheme"]
-    if wanted != "W4A16" or infeasible(config, signature, recipe) is None:
-        return config, ""
-    other = config.model_copy(update={"quantize": config.quantize | {"scheme": "W8A16"}})
-    if infeasible(other, signature, recipe) is not None:
-        return config, ""
-    return other, f"W8A16 instead of {wanted}"
+    if reason is None:
+        return _row(path, run_trial(config, bench, _ignore), substituted)
+    values = config.model_dump(mode="json")
+    return {"path": path, "works": False, "why_not": reason, "substituted": "", "config": values}
 
 
 def _ignore(text: str) -> None:
@@ -129,78 +143,32 @@ def _ignore(text: str) -> None:
 
 
 def _row(path: str, result: TrialResult, substituted: str) -> Json:
-    row: Json = {
+    details = result.details
+    trained = [line for line in details.get("candidates", ()) if "diverged" not in line]
+    return {
         "path": path,
         "works": result.status is TrialStatus.COMPLETED,
         "why_not": result.message,
         "seconds": result.device_seconds,
-        "peak_memory_mb": result.details.get("peak_training_memory_mb"),
+        "peak_memory_mb": details.get("peak_training_memory_mb"),
         "substituted": substituted,
-        "stage_seconds": result.details.get("stage_seconds", {}),
+        "config": result.config.model_dump(mode="json"),
+        "stage_seconds": details.get("stage_seconds", {}),
+        "training": trained[0] if trained else details.get("training"),
     }
-    candidates = result.details.get("candidates")  # of the baseline
-    training = candidates[0] if candidates else result.details.get("training")
-    if training:
-        row["step_s"] = training["step_seconds"]
-    return row
-
-
-# -- what the whole study will cost --------------------------------------------------------------
-
-
-def estimate_s(recipe: Recipe, configs: list[TrialConfig], rows: list[Json], facts: Json) -> float:
-    """Device-seconds of the study, from the seconds that each path's stages took here.
-
-    Training grows with steps; quality and the comparison of trained with served grow with rows;
-    a graph is exported once a shape; latency and memory take what they take.
-    """
-    by_path = {row["path"]: row for row in rows if row["works"]}
-    total, shapes = 0.0, set()
-    for model in recipe.models:
-        dense = by_path.get(f"{model.id}: {BASELINE_PATH}")
-        if dense is None:
-            return float("nan")
-        steps = [
-            num_steps(o, facts["models"][model.id]["num_train"])
-            for o in recipe.baseline_budgets(model.id)
-        ]
-        total += sum(steps) * dense["step_s"] + _fixed_s(dense, recipe, facts["models"][model.id])
-    for config in configs:
-        row = by_path.get(path_of(config))
-        if row is None:
-            continue
-        model_facts = facts["models"][config.model]
-        total += _fixed_s(row, recipe, model_facts)
-        total += num_steps(config.finetune, model_facts["num_train"]) * row.get("step_s", 0.0)
-        shape = str(config.prune)
-        if shape in shapes:
-            total -= row["stage_seconds"]["export"]
-        shapes.add(shape)
-    return total
-
-
-def _fixed_s(row: Json, recipe: Recipe, facts: Json) -> float:
-    """Seconds of everything but the optimizer steps, at the study's number of rows."""
-    seconds: dict[str, float] = row["stage_seconds"]
-    checks = min(recipe.measure.num_check_inputs, facts["num_validation"])
-    grows = {
-        "check": checks / min(ROWS, checks),
-        "quality": facts["num_validation"] / min(ROWS, facts["num_validation"]),
-    }
-    fixed = {stage: value for stage, value in seconds.items() if stage != "finetune"}
-    return float(sum(value * grows.get(stage, 1.0) for stage, value in fixed.items()))
 
 
 def dry_run_table(tried: Json) -> Table:
     """The paths as people read them."""
-    title = (
-        f"{tried['study']}: the whole study takes about {tried['estimated_hours']:.2g} device-hours"
-    )
+    hours = tried["estimated_hours"]
+    title = f"{tried['study']}: the whole study takes about {hours or 0:.2g} device-hours"
+    if hours is None:
+        title = f"{tried['study']}: no trial can be judged without its dense baseline"
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("path", "works", "seconds", "peak MB", "substituted"):
         table.add_column(name, justify="right" if name in ("seconds", "peak MB") else "left")
     for row in tried["paths"]:
-        works = "[green]yes[/]" if row["works"] else f"[red]no[/]: {row['why_not']}"
+        works = "[green]yes[/]" if row["works"] else f"[red]no[/]: {escape(row['why_not'])}"
         table.add_row(row["path"], works, *_numbers(row), row["substituted"])
     return table
 

@@ -79,15 +79,20 @@ class FinetuneOptions(Frozen):
 
 
 class TrainingReport(Frozen):
-    """How training went. `losses` are (step, mean loss since the one before); `step_seconds` is
-    the median of all steps but the first, which warms up."""
+    """How training went. `losses` are (step, mean loss since the one before).
+
+    `step_seconds` is the median of all steps but the first, which warms up; `position_seconds` the
+    same for each position of a batch. Positions are `tokens` and padding.
+    """
 
     steps: int
     epochs: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
     step_seconds: float
+    position_seconds: float
     tokens: int
+    positions: int
     peak_learning_rate: float
 
 
@@ -120,7 +125,6 @@ def finetune(
     accumulation = options.gradient_accumulation_steps
     num_steps = count_steps(options, batches_an_epoch / accumulation, max_steps)
     curve = LossCurve(num_steps, options.logging_steps, on_log, check_each=device.type == "cpu")
-    tokens = 0
 
     set_seed(seed)
     model.to(device).train()
@@ -132,8 +136,7 @@ def finetune(
         teacher = teacher and accelerator.autocast()(teacher)  # as precise as the student
         parameters = [p for p in model.parameters() if p.requires_grad]
         batches = micro_batches(task, encoded, lengths, options, seed=seed)
-        started = time.perf_counter()
-        ends = [started]
+        pace = Pace()
         for step in range(1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
@@ -148,20 +151,19 @@ def finetune(
                     optimizer.step()
                     optimizer.zero_grad()
                 step_loss += loss.detach() * share
-                tokens += int(lengths[indices].sum())
+                pace.add_batch(
+                    tokens=int(lengths[indices].sum()), positions=arrays["input_ids"].size
+                )
             curve.add(step, step_loss, norm)
             for callback in on_step:
                 callback(step, num_steps)
-            ends.append(time.perf_counter())
-        seconds = time.perf_counter() - started
+            pace.end_step()
     model.eval()
     return TrainingReport(
         steps=num_steps,
         epochs=num_steps * accumulation / batches_an_epoch,
         losses=tuple(curve.points),
-        seconds=seconds,
-        step_seconds=float(np.median(np.diff(ends)[-max(1, num_steps - 1) :])) if num_steps else 0,
-        tokens=tokens,
+        **pace.summary(),
         peak_learning_rate=options.learning_rate if num_steps else 0.0,
     )
 
@@ -287,6 +289,36 @@ class LossCurve:
             self._since, self._sums = step, torch.zeros_like(self._sums)
             if self._on_log is not None:
                 self._on_log(step, self._num_steps, mean)
+
+
+class Pace:
+    """How long steps take, and over how many tokens."""
+
+    def __init__(self) -> None:
+        self._ends = [time.perf_counter()]
+        self._tokens, self._positions = 0, [0]
+
+    def add_batch(self, *, tokens: int, positions: int) -> None:
+        self._tokens += tokens
+        self._positions[-1] += positions
+
+    def end_step(self) -> None:
+        self._ends.append(time.perf_counter())
+        self._positions.append(0)
+
+    def summary(self) -> dict[str, Any]:
+        """Fields of a `TrainingReport`."""
+        seconds, positions = np.diff(self._ends), np.array(self._positions[:-1])
+        warm = slice(1, None) if len(seconds) > 1 else slice(None)
+        medians = [seconds[warm], seconds[warm] / positions[warm]]
+        step, position = (float(np.median(m)) if len(m) else 0.0 for m in medians)
+        return {
+            "seconds": self._ends[-1] - self._ends[0],
+            "step_seconds": step,
+            "position_seconds": position,
+            "tokens": self._tokens,
+            "positions": int(positions.sum()),
+        }
 
 
 # -- setting up ----------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ def write_card(
         if measurement is not None:
             numbers[split] = measurement.model_dump(mode="json")
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))
-    (folder / CARD).write_text(_card(folder, bench, config, numbers), encoding="utf-8")
+    text = _card(bench, config, numbers, loading=_loading(folder, bench.target.runtime))
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def _numbers(folder: Path) -> dict[str, dict[str, object]]:
@@ -38,7 +39,7 @@ def _numbers(folder: Path) -> dict[str, dict[str, object]]:
 
 
 def _card(
-    folder: Path, bench: Bench, config: TrialConfig, numbers: dict[str, dict[str, object]]
+    bench: Bench, config: TrialConfig, numbers: dict[str, dict[str, object]], *, loading: str
 ) -> str:
     options = bench.recipe.model_options(config.model)
     source = json.dumps(bench.base(config.model).source)
@@ -47,6 +48,8 @@ def _card(
         f"# {bench.recipe.name} · {config.id}",
         f"Served by **{bench.target.runtime}** on {bench.target.device}; `artifact.json` names inputs,"
         " outputs, target and the SHA-256 of every file.",
+        "## Load it",
+        loading,
         "## Base model",
         f"`{options.id}`: `{source}`. Licence: {_licence(options.name)}.",
         "## Data",
@@ -63,6 +66,20 @@ def _card(
         f"```\nslimtune export {config.id} DIR --study {bench.folder.as_posix()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(folder: Path, runtime: str) -> str:
+    """How to load the model with the runtime alone."""
+    if (folder / "load.py").exists():
+        return (
+            "`config.json` cannot express what this model became, so `load.py` lies beside it (needs"
+            ' torch, transformers and safetensors): `from load import load; model = load(".")`.'
+        )
+    known = {
+        "onnxruntime": "`onnxruntime.InferenceSession(path)` for each `.onnx` file.",
+        "torch": "A standard checkpoint: `from_pretrained` of the class that `config.json` names.",
+    }
+    return known.get(runtime, f"By the runtime `{runtime}`.")
 
 
 def _table(measurement: dict[str, object]) -> str:

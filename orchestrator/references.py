@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from orchestrator.recipe import Recipe
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, resolve
 from orchestrator.trial import Infeasible, TrialConfig
 
+INT8 = {"scheme": "W8A8", "embeddings": True}  # what a runtime's own quantizer does by default
 Reference = tuple[str, TrialConfig]
 
 
@@ -17,7 +19,7 @@ def dense_int8(recipe: Recipe, model: str, signature: Signature) -> Iterator[Ref
     if not recipe.references.dense_int8:
         return
     config = resolve(
-        model=model, quantize={"scheme": "W8A8"}, finetune={"max_steps": 0}, seed=recipe.seed
+        model=model, quantize=INT8, finetune={"max_steps": 0}, seed=recipe.seed
     )
     if infeasible(config, signature, recipe) is None:
         yield "dense int8", config
@@ -37,7 +39,7 @@ def first_layers(recipe: Recipe, model: str, signature: Signature) -> Iterator[R
                     "layers": round(1 - count / total, 6),
                     "layer_choice": "first",
                 },
-                quantize={"scheme": "W8A8", "qat": True},
+                quantize=INT8 | {"qat": True},
                 finetune=finetune,
                 seed=recipe.seed,
             )
@@ -47,16 +49,24 @@ def first_layers(recipe: Recipe, model: str, signature: Signature) -> Iterator[R
             yield f"first {count} layers", config
 
 
-def random_twin(front: Sequence[TrialConfig]) -> list[TrialConfig]:
-    """The first structured point of the front with units chosen at random: the control.
+def random_twin(configs: Sequence[TrialConfig]) -> list[TrialConfig]:
+    """The first structured configuration again, with units chosen at random: the control.
 
-    [] when the front has no structured point whose importance is not random already.
+    [] when no configuration chose units by their importance.
     """
-    for config in front:
+    for config in configs:
         methods = [dict(method) for method in config.prune]
-        chosen = [m for m in methods if m["method"] == "structured" and m["importance"] != "random"]
+        chosen = [method for method in methods if _chooses_units(method)]
         if chosen:
             for method in chosen:
                 method["importance"] = "random"
             return [config.model_copy(update={"prune": tuple(methods)})]
     return []
+
+
+def _chooses_units(method: dict[str, Any]) -> bool:
+    """Whether importance decides which heads, neurons or layers go."""
+    if method["method"] != "structured" or method["importance"] == "random":
+        return False
+    by_importance = method["layers"] > 0 and method["layer_choice"] == "importance"
+    return bool(method["heads"] > 0 or method["neurons"] > 0 or by_importance)

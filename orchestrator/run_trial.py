@@ -8,26 +8,33 @@ from __future__ import annotations
 import copy
 import errno
 import shutil
+import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator import artifact as artifacts
 from orchestrator.bench import Bench, Note
-from orchestrator.finetune import FinetuneOptions, finetune
+from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport
 from orchestrator.measure.memory import peak_mb, reset_peak
-from orchestrator.measure.served import Served, measure_served, measure_test_split
+from orchestrator.measure.served import (
+    Served,
+    compare_with_trained,
+    measure_served,
+    measure_test_split,
+)
 from orchestrator.model_card import write_card
-from orchestrator.plugins import build
-from orchestrator.prune import METHODS
+from orchestrator.prune import Pruning, load_methods
 from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.quantize.convert import convert, prepare
 from orchestrator.quantize.fake import set_enabled
+from orchestrator.space import trains
 from orchestrator.trial import (
     Diverged,
     Infeasible,
@@ -36,6 +43,13 @@ from orchestrator.trial import (
     TrialConfig,
     TrialResult,
     TrialStatus,
+)
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "bad allocation",
+    "bad_alloc",
+    "Failed to allocate memory",
 )
 
 
@@ -52,7 +66,8 @@ class Clock:
         """The stage that begins now; "" ends the last one."""
         now = time.perf_counter()
         if self._stage:
-            self.seconds[self._stage] = round(now - self._since, 3)
+            before = self.seconds.get(self._stage, 0.0)
+            self.seconds[self._stage] = round(before + now - self._since, 3)
         self._stage, self._since = stage, now
         if stage:
             self.log(stage)
@@ -63,115 +78,123 @@ class Clock:
             stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
+@dataclass(frozen=True)
+class Delivered:
+    """An artifact that was made and measured; `config` is what it came from."""
+
+    config: TrialConfig
+    measurement: Measurement
+    sha256: str
+    details: dict[str, Any]
+
+
 def run_trial(config: TrialConfig, bench: Bench, note: Note) -> TrialResult:
     """Compress as `config` says and measure what came out. A failure is a result with its reason."""
     folder = bench.folder / "trials" / config.id
     return _reported(
-        config, folder, bench.device, note, lambda clock: _compress(config, bench, folder, clock)
+        config, folder, bench, note, lambda clock: _compress(config, bench, folder, clock)
     )
 
 
 def run_baseline(model: str, bench: Bench, note: Note) -> TrialResult:
-    """Train (once), export and measure the dense model of `model`."""
+    """Train (once), export and measure the dense model of `model`. A failure is a result too."""
     folder = bench.recipe.baseline_folder(bench.folder, model)
-    trained = bench.dense(model, note)
-    config = trained.config
 
-    def dense(clock: Clock) -> tuple[Measurement, dict[str, Any], str]:
-        served = Served(bench, config, folder / "artifact", bench.base(model).tokenizer)
-        measurement, details, sha256 = _deliver(
-            bench.dense_model(model), served, clock, is_baseline=True
-        )
-        return measurement, details | {"candidates": trained.candidates}, sha256
+    def dense(clock: Clock) -> Delivered:
+        clock("finetune")
+        trained = bench.dense(model, note)
+        details = {
+            "candidates": trained.candidates,
+            "peak_training_memory_mb": peak_mb(bench.device),
+        }
+        served = Served(bench, trained.config, folder / "artifact", bench.base(model).tokenizer)
+        dense = bench.dense_model(model)
+        return _deliver(dense, dense, served, clock, details)
 
-    return _reported(config, folder, bench.device, note, dense)
+    first = bench.dense_config(model, bench.recipe.baseline_grid(model)[0])
+    return _reported(first, folder, bench, note, dense)
 
 
 def measure_test(folder: Path, config: TrialConfig, bench: Bench) -> tuple[Measurement, str]:
-    """Score a finished trial's artifact on the test split; its new hash, since its card now says so."""
-    artifacts.verify(folder)
+    """Score a finished trial's artifact on the test split; its new hash, since its card now says so.
+
+    Raises `DamagedArtifact`.
+    """
     measurement = measure_test_split(folder, bench)
     write_card(folder, bench, config, test=measurement)
     return measurement, artifacts.reseal(folder)
 
 
-def _compress(
-    config: TrialConfig, bench: Bench, folder: Path, clock: Clock
-) -> tuple[Measurement, dict[str, Any], str]:
+# -- the stages ----------------------------------------------------------------------------------
+
+
+def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> Delivered:
     quantize = QuantizeOptions(**config.quantize)
     options = FinetuneOptions(**config.finetune)
     numerics = bench.runtime.numerics(quantize, bench.target)
-    trains = options.max_steps != 0
-    model = bench.dense_model(config.model, trained_on=trains).to(bench.device)
-    tokenizer = bench.base(config.model).tokenizer
 
+    clock("load")
+    model = bench.dense_model(config.model, trained_on=trains(options)).to(bench.device)
     clock("prune")
-    prunings = []
-    for section in config.prune:
-        method = build(METHODS, section, key="method", what="pruning method")
-        context = bench.prune_context(tokenizer, seed=config.seed)
-        prunings.append(method.start(model, context))
-        tokenizer = prunings[-1].tokenizer or tokenizer
+    prunings, tokenizer = _prune(model, config, bench)
 
     clock("prepare")
-    on_step: list[Callable[[int, int], None]] = [pruning.on_step for pruning in prunings]
+    on_step: list[OnStep] = [pruning.on_step for pruning in prunings]
     if quantize.qat:
         prepare(model, numerics, ignore=quantize.ignore)
         on_step.append(_switch_on(model, quantize.qat_start))
 
-    clock("finetune")
-    lesson = bench.lesson(config.model, options)
-    training = finetune(
-        model,
-        bench.task,
-        bench.encoded_lesson(lesson, tokenizer),
-        options,
-        seed=config.seed,
-        device=bench.device,
-        on_step=on_step,
-        teacher=lesson.teacher,
-        max_steps=bench.steps_limit if trains else 0,
-    )
+    training = _finetune(model, tokenizer, config, bench, on_step, clock)
     for pruning in prunings:
         pruning.finish()
     set_enabled(model, True)
+    details = {
+        "prune": [pruning.report() for pruning in prunings],
+        "training": training.model_dump(mode="json"),
+        "peak_training_memory_mb": peak_mb(bench.device),
+    }
 
-    served = Served(bench, config, folder / "artifact", tokenizer)
-    measurement, details, sha256 = _deliver(
-        model.cpu().eval(), served, clock, numerics=numerics, quantize=quantize
-    )
-    details["prune"] = [pruning.report() for pruning in prunings]
-    details["training"] = training.model_dump(mode="json")
-    return measurement, details, sha256
-
-
-def _deliver(
-    model: PreTrainedModel,
-    served: Served,
-    clock: Clock,
-    *,
-    numerics: Numerics | None = None,
-    quantize: QuantizeOptions | None = None,
-    is_baseline: bool = False,
-) -> tuple[Measurement, dict[str, Any], str]:
-    """Convert, export, reload and measure a trained model."""
     clock("convert")
-    shape = served.describe(model)
-    converted = model
-    if numerics is not None and quantize is not None:
-        converted = convert(copy.deepcopy(model), numerics, ignore=quantize.ignore)
+    model.cpu().eval()
+    converted = _converted(model, numerics, quantize)
+    served = Served(bench, config, folder / "artifact", tokenizer)
+    return _deliver(model, converted, served, clock, details)
 
-    clock("export")
-    served.export(converted)
 
-    measurement, details = measure_served(
-        served, model, converted, shape, is_baseline=is_baseline, stage=clock
+def _prune(
+    model: PreTrainedModel, config: TrialConfig, bench: Bench
+) -> tuple[list[Pruning], PreTrainedTokenizerBase]:
+    """Methods at work, in their order, and the tokenizer that they leave."""
+    context = bench.prune_context(bench.base(config.model).tokenizer, seed=config.seed)
+    prunings = []
+    for method in load_methods(config.prune):
+        prunings.append(method.start(model, context))
+        context.tokenizer = prunings[-1].tokenizer or context.tokenizer
+    return prunings, context.tokenizer
+
+
+def _finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: TrialConfig,
+    bench: Bench,
+    on_step: Sequence[OnStep],
+    clock: Clock,
+) -> TrainingReport:
+    options = FinetuneOptions(**config.finetune)
+    lesson = bench.lesson(config.model, options, clock)
+    clock("finetune")
+    return bench.train(
+        model,
+        bench.encoded_lesson(lesson, tokenizer),
+        options,
+        seed=config.seed,
+        teacher=lesson.teacher,
+        on_step=on_step,
     )
-    write_card(served.folder, served.bench, served.config, validation=measurement)
-    return measurement, details, artifacts.reseal(served.folder)
 
 
-def _switch_on(model: PreTrainedModel, share: float) -> Callable[[int, int], None]:
+def _switch_on(model: PreTrainedModel, share: float) -> OnStep:
     """Fake-quant from `share` of the optimizer steps on."""
 
     def on_step(step: int, num_steps: int) -> None:
@@ -182,29 +205,58 @@ def _switch_on(model: PreTrainedModel, share: float) -> Callable[[int, int], Non
     return on_step
 
 
+def _converted(
+    model: PreTrainedModel, numerics: Numerics, quantize: QuantizeOptions
+) -> PreTrainedModel:
+    """What is exported of a trained model, which stays as it is."""
+    return convert(copy.deepcopy(model), numerics, ignore=quantize.ignore, clip_search=True)
+
+
+def _deliver(
+    trained: PreTrainedModel,
+    converted: PreTrainedModel,
+    served: Served,
+    clock: Clock,
+    details: dict[str, Any],
+) -> Delivered:
+    """Export, reload and measure a converted model."""
+    shape = served.shape(trained, converted)
+    clock("export")
+    served.export(converted)
+    details = details | compare_with_trained(served, trained, converted, stage=clock)
+    measured = measure_served(served, stage=clock)
+    measured = measured.model_copy(update={"metrics": shape | measured.metrics})
+    write_card(served.folder, served.bench, served.config, validation=measured)
+    return Delivered(served.config, measured, artifacts.reseal(served.folder), details)
+
+
+# -- what becomes of it --------------------------------------------------------------------------
+
+
 def _reported(
     config: TrialConfig,
     folder: Path,
-    device: str,
+    bench: Bench,
     note: Note,
-    work: Callable[[Clock], tuple[Measurement, dict[str, Any], str]],
+    work: Callable[[Clock], Delivered],
 ) -> TrialResult:
-    """Run `work`; whatever stops it becomes a failed result with a reason and a message."""
+    """Run `work`; whatever stops it becomes a failed result of `config`, with reason and message."""
     shutil.rmtree(folder / "artifact", ignore_errors=True)
     clock = Clock(note, folder / "log.txt")
-    reset_peak(device)
+    torch.set_num_threads(bench.num_threads)  # a torch session may have left the target's
+    reset_peak(bench.device)
     started = time.perf_counter()
     outcome: dict[str, Any]
     try:
-        measurement, details, sha256 = work(clock)
+        delivered = work(clock)
         clock("")
+        config = delivered.config
         outcome = {
             "status": TrialStatus.COMPLETED,
-            "measurement": measurement,
-            "details": details
-            | {"stage_seconds": clock.seconds, "peak_training_memory_mb": peak_mb(device)},
+            "measurement": delivered.measurement,
+            "details": delivered.details | {"stage_seconds": clock.seconds},
             "artifact": "artifact",
-            "sha256": sha256,
+            "sha256": delivered.sha256,
         }
     except Exception as error:
         clock.log(traceback.format_exc())
@@ -222,8 +274,13 @@ def explain(error: Exception) -> tuple[Reason, str]:
         return Reason.DIVERGED, text
     if isinstance(error, Infeasible):
         return Reason.INFEASIBLE, text
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return Reason.TIMEOUT, text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        words in text for words in OUT_OF_MEMORY
+    ):
         return Reason.OOM, f"out of memory: {text}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if is_full or "No space left on device" in text:
         return Reason.ERROR, f"the disk is full: {text}"
     return Reason.ERROR, f"{type(error).__name__}: {text}"

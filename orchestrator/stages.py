@@ -68,11 +68,17 @@ class Stages:
         try:
             build(temporary)
             self._seal(temporary, stage, inputs)
-            temporary.rename(folder)
-        except BaseException:
+            self._place(temporary, folder)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
         return folder
+
+    def _place(self, made: Path, folder: Path) -> None:
+        try:
+            made.rename(folder)
+        except OSError:
+            if not self._intact(folder):  # else another worker was faster, and made the same
+                raise
 
     def _seal(self, folder: Path, stage: str, inputs: dict[str, Any]) -> None:
         seal = {"stage": stage, "inputs": inputs, "sha256": folder_sha256(folder)}

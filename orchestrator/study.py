@@ -168,8 +168,9 @@ class Study:
     def _run_random_twin(self) -> None:
         if not self.recipe.references.random_twin:
             return
-        front, _, _ = self._split()
-        for config in random_twin([outcome.result.config for outcome in front]):
+        front, dominated, _ = self._split()
+        trials = [o.result.config for o in (*front, *dominated) if o.role == "trial"]
+        for config in random_twin(trials):
             self._outcome(config, role="random twin")
 
     def _outcome(self, config: TrialConfig, *, role: str) -> Outcome:

@@ -8,49 +8,36 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from orchestrator.artifact import verify
 from orchestrator.bench import Bench
 from orchestrator.measure import MeasureOptions
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import compare, decoder_round, encoder_round
 from orchestrator.measure.memory import example_inputs, peak_memory_mb
-from orchestrator.measure.served import Served, measure_latency, measure_quality
+from orchestrator.measure.served import Served, measure_served
 from orchestrator.measure.size import size_metrics
+from orchestrator.plugins import find
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Target
-from orchestrator.tasks import TASKS
 from orchestrator.trial import Measurement, TrialConfig
 
 
 def measure_in_study(artifact: Path, recipe: Recipe, study: Path) -> Measurement:
-    """Quality on validation, latency beside the dense baseline, size and memory."""
-    from orchestrator.artifact import verify
-
+    """Quality on validation, latency beside the dense baseline, size and memory, the user's command."""
     bench = Bench(recipe, study, device="cpu")
     config = TrialConfig(**verify(artifact)["config"])
     served = Served(bench, config, artifact, AutoTokenizer.from_pretrained(artifact))
-    quality = measure_quality(served, "validation", dense=None, keep=False)
-    timing = measure_latency(served)
-    memory = peak_memory_mb(artifact, bench.target, length=served.mean_length)
-    return Measurement(
-        metrics=quality.metrics
-        | timing.metrics
-        | size_metrics(artifact)
-        | {"peak_memory_mb": memory},
-        intervals=quality.intervals | timing.intervals,
-        num_examples=quality.num_examples,
-        fingerprint=fingerprint(),
-        notes=timing.notes,
-    )
+    return measure_served(served, keep=False)
 
 
 def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:
     """Latency on made-up tokens of half the maximal length, size and memory; no data needed."""
     target = Target(**description["target"])
-    session = RUNTIMES[target.runtime].load(artifact, target)
+    session = find(RUNTIMES, target.runtime, what="runtime").load(artifact, target)
     length = max(1, description["max_length"] // 2)
-    inputs = example_inputs(artifact, batch=target.batch_size, length=length)
+    inputs = example_inputs(description, batch=target.batch_size, length=length)
     prompt = np.ones((target.batch_size, target.prompt_tokens), np.int64)
-    decoder = TASKS[description["task"]].kind == "decoder"
+    decoder = description["kind"] == "decoder"
 
     def one_round() -> dict[str, float]:
         if decoder:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from orchestrator.trial import content_hash
 
-PACKAGES = ("torch", "transformers", "accelerate", "torchao", "onnxruntime", "onnx", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "onnxruntime", "onnx", "numpy")
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Processor, its features that matter here, cores this process may use, memory, package versions."""
     cpu = _cpuinfo()

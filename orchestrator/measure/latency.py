@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from orchestrator.measure import MeasureOptions
+from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.runtimes import Session
 from orchestrator.trial import Measurement
 
@@ -94,6 +95,7 @@ def _summary(mine: list[Timing], ratios: list[float], notes: tuple[str, ...]) ->
         metrics={name: float(np.median(values)) for name, values in samples.items()},
         intervals={name: median_interval(values) for name, values in samples.items()},
         num_examples=len(mine),
+        fingerprint=fingerprint(),
         notes=notes,
     )
 

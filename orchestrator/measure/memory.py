@@ -12,26 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orchestrator.runtimes import Session, Target
+from orchestrator.measure.latency import decoder_round
+from orchestrator.plugins import find
+from orchestrator.runtimes import RUNTIMES, Session, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+NUM_REQUESTS = 3
+TIME_LIMIT_S = 600
+
 
 def peak_memory_mb(folder: Path, target: Target, *, length: int) -> float:
-    """Peak resident memory in 10⁶ bytes (on a GPU: the device memory torch took) of a whole serving process.
+    """Peak resident memory in 10⁶ bytes of a whole serving process (device memory, for torch on a GPU).
 
-    The process runs three requests of `length` tokens at the target's batch. It includes the
-    interpreter and the runtime's own libraries, as a deployment would. Raises RuntimeError with
-    the process's last words if it fails.
+    The process answers three requests at the target's batch: inputs of `length` tokens or, for
+    decoders, a prompt and the tokens after it. It includes the interpreter and the runtime's own
+    libraries, as a deployment would. Raises RuntimeError with the process's last words if it
+    fails, and TimeoutExpired.
     """
     request = {"folder": str(folder), "target": target.model_dump(), "length": length}
     command = [sys.executable, "-m", "orchestrator.measure.memory"]
     done = subprocess.run(
-        command, input=json.dumps(request), capture_output=True, text=True, timeout=600
+        command, input=json.dumps(request), capture_output=True, text=True, timeout=TIME_LIMIT_S
     )
     if done.returncode:
-        raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-500:]}")
+        words = done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
+        raise RuntimeError(f"measuring memory failed: {words}")
     return float(json.loads(done.stdout.splitlines()[-1])["peak_memory_mb"])
 
 
@@ -40,7 +47,7 @@ def reset_peak(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -51,7 +58,7 @@ def peak_mb(device: str) -> float:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated() / 1e6
+        return torch.cuda.max_memory_allocated(device) / 1e6
     status = Path("/proc/self/status")
     if status.exists():
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -59,11 +66,12 @@ def peak_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def example_inputs(folder: Path, *, batch: int, length: int) -> dict[str, NDArray[np.int64]]:
+def example_inputs(
+    description: dict[str, Any], *, batch: int, length: int
+) -> dict[str, NDArray[np.int64]]:
     """Arrays [batch, length] for the inputs that artifact.json names; token 1 everywhere."""
-    description = json.loads((folder / "artifact.json").read_text())
     names = [entry["name"] for entry in description["inputs"]]
-    values = {"input_ids": 1, "attention_mask": 1, "token_type_ids": 0}
+    values = {"input_ids": 1, "attention_mask": 1, "token_type_ids": 0, "decoder_input_ids": 1}
     return {
         name: np.full((batch, length), value, np.int64)
         for name, value in values.items()
@@ -72,13 +80,16 @@ def example_inputs(folder: Path, *, batch: int, length: int) -> dict[str, NDArra
 
 
 def _serve(request: dict[str, Any]) -> float:
-    from orchestrator.runtimes import RUNTIMES
-
     folder, target = Path(request["folder"]), Target(**request["target"])
-    session: Session = RUNTIMES[target.runtime].load(folder, target)
-    inputs = example_inputs(folder, batch=target.batch_size, length=request["length"])
-    for _ in range(3):
-        session.run(inputs)
+    description = json.loads((folder / "artifact.json").read_text())
+    session: Session = find(RUNTIMES, target.runtime, what="runtime").load(folder, target)
+    prompt = np.ones((target.batch_size, target.prompt_tokens), np.int64)
+    inputs = example_inputs(description, batch=target.batch_size, length=request["length"])
+    for _ in range(NUM_REQUESTS):
+        if description["kind"] == "decoder":
+            decoder_round(session, prompt, target.new_tokens)
+        else:
+            session.run(inputs)
     return peak_mb(target.device if "torch" in sys.modules else "cpu")
 
 

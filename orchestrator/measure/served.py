@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,28 +11,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator import artifact as artifacts
+from orchestrator.finetune import row_lengths
+from orchestrator.measure.command import run_command
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import Round, compare, decoder_round, encoder_round
 from orchestrator.measure.memory import peak_memory_mb
 from orchestrator.measure.quality import (
     inputs_of,
     largest_difference,
+    num_equal_tokens,
     served_batches,
     served_records,
 )
+from orchestrator.measure.shape import shape_metrics
 from orchestrator.measure.size import size_metrics
-from orchestrator.prune.tree import read_signature
 from orchestrator.runtimes import Session
-from orchestrator.signature import Signature
-from orchestrator.tasks import Split
+from orchestrator.tasks import Encoded, Split
 from orchestrator.trial import Measurement, TrialConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.bench import Bench
-
-GREEDY_TOKENS = 64
 
 
 @dataclass
@@ -51,49 +48,35 @@ class Served:
     def session(self) -> Session:
         return self.bench.runtime.load(self.folder, self.bench.target)
 
-    def describe(self, model: PreTrainedModel) -> dict[str, float]:
-        """What the model's shape alone says: parameters, zeros, multiply-accumulates, cache."""
-        signature = read_signature(model)
-        weights = [p for p in model.parameters() if p.ndim > 1]
-        zeros = sum(int((p == 0).sum()) for p in weights)
-        target = self.bench.target
-        shape = {
-            "num_params": float(signature.num_params),
-            "sparsity": zeros / sum(p.numel() for p in weights),
-            "macs": float(signature.macs(batch=target.batch_size, length=self.mean_length)),
-        }
-        if self.bench.task.kind == "decoder":
-            tokens = target.batch_size * (target.prompt_tokens + target.new_tokens)
-            shape["kv_cache_mb"] = kv_bytes_a_token(signature) * tokens / 1e6
-        return shape
+    @property
+    def is_baseline(self) -> bool:
+        return self.folder.resolve() == self.bench.baseline_artifact(self.config.model).resolve()
+
+    def encoded(self, split: Split) -> Encoded:
+        return self.bench.encoded(split, self.tokenizer)
 
     @cached_property
     def mean_length(self) -> int:
         """Mean tokens of a validation row."""
-        rows = self.bench.encoded("validation", self.tokenizer).features
-        return round(float(np.mean([len(row["input_ids"]) for row in rows])))
+        return round(float(row_lengths(self.encoded("validation")).mean()))
 
-    def check_batches(self) -> list[dict[str, np.ndarray]]:
-        """The real inputs on which trained and served logits are compared."""
-        batches = served_batches(
-            self.bench.task,
-            self.bench.encoded("validation", self.tokenizer),
-            self.bench.target,
-            max_length=self.bench.max_length(self.config.model),
-            rows=self.bench.recipe.measure.num_check_inputs,
-        )
-        return [batch for _, batch in batches]
+    @property
+    def padded_length(self) -> int | None:
+        """What every input is padded to; None where the longest of a batch decides."""
+        if self.bench.target.padding == "longest":
+            return None
+        return self.bench.max_length(self.config.model)
 
-    def answer(self, model: PreTrainedModel) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-        """The trained model as something that answers batches, float32."""
-        import torch
+    @property
+    def longest_length(self) -> int:
+        """Tokens of the longest input that validation asks for, padding included."""
+        return self.padded_length or int(row_lengths(self.encoded("validation")).max())
 
-        def logits(batch: dict[str, np.ndarray]) -> np.ndarray:
-            tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-            with torch.inference_mode():
-                return self.bench.task.logits(model, tensors).float().numpy()
-
-        return logits
+    def shape(self, trained: PreTrainedModel, converted: PreTrainedModel) -> dict[str, float]:
+        """What is known without asking: parameters, zeros, multiply-accumulates, cache."""
+        bench = self.bench
+        length = self.padded_length or self.mean_length
+        return shape_metrics(trained, converted, bench.target, kind=bench.task.kind, length=length)
 
     def export(self, model: PreTrainedModel) -> None:
         """Write the folder that is deployed, whole, with its hashes."""
@@ -109,6 +92,7 @@ class Served:
             "trial_id": self.config.id,
             "config": self.config.model_dump(mode="json"),
             "task": bench.task.name,
+            "kind": bench.task.kind,
             "max_length": bench.max_length(self.config.model),
             "padding": {"token_id": self.tokenizer.pad_token_id, "to": bench.target.padding},
             "labels": bench.labels,
@@ -118,86 +102,99 @@ class Served:
 
 
 def measure_served(
-    served: Served,
-    trained: PreTrainedModel,
-    converted: PreTrainedModel,
-    shape: dict[str, float],
-    *,
-    is_baseline: bool,
-    stage: Callable[[str], None],
-) -> tuple[Measurement, dict[str, Any]]:
-    """Every number of an artifact on the validation split.
+    served: Served, *, stage: Callable[[str], None] = lambda text: None, keep: bool = True
+) -> Measurement:
+    """Every number of an artifact that it takes to serve it, on the validation split.
 
-    `trained` is the model as training left it, `converted` what was exported of it.
+    The answers are kept beside the artifact unless told not to.
     """
-    bench, config = served.bench, served.config
-    stage("check")
-    details: dict[str, Any] = {
-        "served_difference": largest_difference(
-            served.answer(trained), served.session, served.check_batches()
-        )
-    }
-    if bench.task.kind == "decoder":
-        details["greedy_tokens_equal"] = _greedy_equal(served, converted)
     stage("quality")
-    dense = None if is_baseline else dense_predictions(bench, config.model, "validation")
-    quality = measure_quality(served, "validation", dense)
+    quality = measure_quality(served, "validation", keep=keep)
     stage("latency")
     timing = measure_latency(served)
     stage("memory")
-    longest = min(bench.max_length(config.model), 4 * served.mean_length)
-    memory = peak_memory_mb(served.folder, bench.target, length=longest)
-    metrics = shape | size_metrics(served.folder) | {"peak_memory_mb": memory}
-    measurement = Measurement(
-        metrics=metrics | quality.metrics | timing.metrics | _own_command(served),
-        intervals=quality.intervals | timing.intervals,
+    target = served.bench.target
+    memory = peak_memory_mb(served.folder, target, length=served.longest_length)
+    own: dict[str, float] = {}
+    if target.command is not None:
+        stage("command")
+        own = run_command(target.command, served.folder)
+    metrics = size_metrics(served.folder) | {"peak_memory_mb": memory}
+    intervals = quality.intervals | timing.intervals
+    return Measurement(
+        metrics=metrics | quality.metrics | timing.metrics | own,
+        intervals={name: pair for name, pair in intervals.items() if name not in own},
         num_examples=quality.num_examples,
         fingerprint=fingerprint(),
-        notes=timing.notes,
+        notes=(*quality.notes, *timing.notes),
     )
-    return measurement, details
+
+
+def compare_with_trained(
+    served: Served,
+    trained: PreTrainedModel,
+    converted: PreTrainedModel,
+    *,
+    stage: Callable[[str], None],
+) -> dict[str, Any]:
+    """How far the artifact is from what was trained, and for decoders from what was converted.
+
+    Both models are on the CPU, whatever the artifact is served on.
+    """
+    stage("check")
+    bench, validation = served.bench, served.encoded("validation")
+    batches = served_batches(
+        bench.task,
+        validation,
+        bench.target,
+        length=served.padded_length,
+        rows=bench.recipe.measure.num_check_inputs,
+    )
+    inputs = [batch for _, batch in batches]
+    difference = largest_difference(_answers(served, trained), served.session, inputs)
+    details: dict[str, Any] = {"served_difference": difference}
+    if bench.task.kind == "decoder":
+        stage("greedy")
+        prompt = validation.features[0]["input_ids"][None, : bench.target.prompt_tokens]
+        details["greedy_tokens_equal"] = num_equal_tokens(served.session, converted, prompt)
+    return details
 
 
 def measure_test_split(folder: Path, bench: Bench) -> Measurement:
-    """Quality of a finished artifact on the test split."""
+    """Quality of a finished artifact on the test split. Raises `DamagedArtifact`."""
     from transformers import AutoTokenizer
 
-    description = artifacts.verify(folder)
-    config = TrialConfig(**description["config"])
+    config = TrialConfig(**artifacts.verify(folder)["config"])
     served = Served(bench, config, folder, AutoTokenizer.from_pretrained(folder))
-    baseline = bench.recipe.baseline_folder(bench.folder, config.model) / "artifact"
-    dense = None
-    if folder.resolve() != baseline.resolve():
-        dense = dense_predictions(bench, config.model, "test")
-    return measure_quality(served, "test", dense)
+    return measure_quality(served, "test")
 
 
-def dense_predictions(bench: Bench, model: str, split: Split) -> list[dict[str, Any]]:
-    """What the dense baseline's artifact said about each row of a split; [] if it was not asked."""
-    folder = bench.recipe.baseline_folder(bench.folder, model) / "artifact"
-    return artifacts.read_predictions(folder, split)
+def measure_quality(served: Served, split: Split, *, keep: bool = True) -> Measurement:
+    """Scores of a split with intervals.
 
-
-def kv_bytes_a_token(signature: Signature) -> int:
-    """Bytes of float32 keys and values that one token adds to the cache."""
-    return sum(2 * 4 * a.num_kv_heads * a.head_dim for a in signature.attentions)
-
-
-def measure_quality(
-    served: Served, split: Split, dense: list[dict[str, Any]] | None, *, keep: bool = True
-) -> Measurement:
-    """Scores of a split with intervals; the answers are kept beside the artifact unless told not to."""
+    `agreement` is with what the dense baseline's artifact answered, if it was asked.
+    """
     bench = served.bench
-    encoded = bench.encoded(split, served.tokenizer)
-    length = bench.max_length(served.config.model)
-    records = served_records(served.session, bench.task, encoded, bench.target, max_length=length)
+    records = served_records(
+        served.session,
+        bench.task,
+        served.encoded(split),
+        bench.target,
+        length=served.padded_length,
+    )
     if keep:
         artifacts.write_predictions(served.folder, split, records)
+    dense = records
+    if not served.is_baseline:
+        baseline = bench.baseline_artifact(served.config.model)
+        dense = artifacts.read_predictions(baseline, split)
     estimates = bench.task.metrics(records, dense or None)
     return Measurement(
         metrics={name: estimate[0] for name, estimate in estimates.items()},
         intervals={name: (estimate[1], estimate[2]) for name, estimate in estimates.items()},
         num_examples=len(records),
+        fingerprint=fingerprint(),
+        notes=bench.rows[split].notes,
     )
 
 
@@ -205,8 +202,8 @@ def measure_latency(served: Served) -> Measurement:
     """Timings of an artifact, interleaved with the dense baseline's (or its own, if it is that)."""
     bench, model = served.bench, served.config.model
     dense = served
-    folder = bench.recipe.baseline_folder(bench.folder, model) / "artifact"
-    if folder.resolve() != served.folder.resolve():
+    if not served.is_baseline:
+        folder = bench.baseline_artifact(model)
         dense = Served(bench, served.config, folder, bench.base(model).tokenizer)
         dense.__dict__["session"] = bench.dense_session(model)
     main = "tpot_ms" if bench.task.kind == "decoder" else "latency_ms"
@@ -216,56 +213,41 @@ def measure_latency(served: Served) -> Measurement:
 def _one_round(served: Served) -> Round:
     """A round of requests of the target's shape, taken from validation over all its lengths."""
     bench, target = served.bench, served.bench.target
-    encoded = bench.encoded("validation", served.tokenizer)
+    encoded = served.encoded("validation")
     if bench.task.kind == "decoder":
         ids = np.concatenate([row["input_ids"] for row in encoded.features[:64]])
         size = target.batch_size * target.prompt_tokens
         prompt = np.resize(ids, size).reshape(target.batch_size, target.prompt_tokens)
         return lambda: decoder_round(served.session, prompt, target.new_tokens)
     count = bench.recipe.measure.num_inputs
-    rows = np.linspace(0, len(encoded) - 1, count * target.batch_size).astype(int)
-    length = bench.max_length(served.config.model) if target.padding == "max_length" else None
+    rows = _rows_over_lengths(served, count * target.batch_size)
     requests = [
-        inputs_of(bench.task.collate(encoded, rows[i::count].tolist(), length=length))
+        inputs_of(bench.task.collate(encoded, rows[i::count].tolist(), length=served.padded_length))
         for i in range(count)
     ]
     return lambda: encoder_round(served.session, requests)
 
 
-def _own_command(served: Served) -> dict[str, float]:
-    """Metrics from the user's own script: `target.command ARTIFACT`, a JSON object of numbers out.
+def _rows_over_lengths(served: Served, count: int) -> np.ndarray:
+    """Indices of `count` validation rows, evenly over all lengths that the dense model sees.
 
-    Raises RuntimeError with the script's last words when it fails.
+    A smaller vocabulary has lengths of its own, but is asked the same rows.
     """
-    command = served.bench.target.command
-    if command is None:
-        return {}
-    words = [*shlex.split(command), str(served.folder)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=3600)
-    if done.returncode:
-        raise RuntimeError(f"target.command ended with {done.returncode}: {done.stderr[-500:]}")
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+    bench = served.bench
+    tokenizer = bench.base(served.config.model).tokenizer
+    by_length = np.argsort(row_lengths(bench.encoded("validation", tokenizer)), kind="stable")
+    return by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
 
 
-def _greedy_equal(served: Served, model: PreTrainedModel) -> int:
-    """How many of the first 64 greedy tokens the served model and the converted one agree on."""
+def _answers(
+    served: Served, model: PreTrainedModel
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """A model in torch, on the CPU, as something that answers batches, float32."""
     import torch
 
-    encoded = served.bench.encoded("validation", served.tokenizer)
-    prompt = encoded.features[0]["input_ids"][None, : served.bench.target.prompt_tokens]
-    ids = torch.from_numpy(prompt)
-    with torch.inference_mode():
-        expected = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=GREEDY_TOKENS,
-            min_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-        )[0, ids.shape[1] :].tolist()
-    logits, cache = served.session.prefill(prompt)
-    found = []
-    for _ in range(GREEDY_TOKENS):
-        found.append(int(logits.reshape(-1).argmax()))
-        logits, cache = served.session.decode(np.array([[found[-1]]]), cache)
-    pairs = list(zip(found, expected, strict=False))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    def logits(batch: dict[str, np.ndarray]) -> np.ndarray:
+        tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+        with torch.inference_mode():
+            return served.bench.task.logits(model, tensors).float().numpy()
+
+    return logits

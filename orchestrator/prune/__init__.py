@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class PruneContext:
     """What a method may look at: the training split and nothing else.
 
     `texts` yields raw training texts, `batches(n)` yields n encoded training batches on the
-    model's device, `loss(model, batch)` is the task's mean loss.
+    model's device, `loss(model, batch)` is the task's mean loss. All methods of a trial share one
+    context, whose `tokenizer`, of which batches are made, is always the last one that was rebuilt.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -148,7 +148,7 @@ def _mark(point: Json, dense: Mapping[str, float]) -> Json:
         name: [
             wording.number(name, value),
             wording.interval(name, point["intervals"].get(name)),
-            wording.compare(name, value, dense.get(name)),
+            wording.versus_dense(name, point["metrics"], dense),
         ]
         for name, value in point["metrics"].items()
     }

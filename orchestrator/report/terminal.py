@@ -52,7 +52,7 @@ def _front_row(
     told = Text.assemble(name, "\n", (_footnote(point, numbers), "dim"))
     cells = [Text(str(numbers.get(point["trial_id"], ""))), told]
     for metric in objectives:
-        versus = wording.compare(metric, point["metrics"].get(metric), dense["metrics"].get(metric))
+        versus = wording.versus_dense(metric, point["metrics"], dense["metrics"])
         cells.append(_cell(metric, point["metrics"], point["intervals"], versus))
     cells.append(_cell(quality, point["test"] or {}, point.get("test_intervals") or {}, ""))
     return cells
@@ -189,7 +189,7 @@ class Progress:
     def _numbers(self, metrics: Mapping[str, float]) -> list[str]:
         told = []
         for name in (objective.name for objective in self.objectives):
-            versus = wording.compare(name, metrics.get(name), self._dense.get(name))
+            versus = wording.versus_dense(name, metrics, self._dense)
             value = f"{wording.label(name)} {wording.number(name, metrics.get(name))}"
             told.append(f"{value} ({versus})" if versus else value)
         return told

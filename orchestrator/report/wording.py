@@ -71,6 +71,18 @@ def compare(metric: str, value: float | None, dense: float | None) -> str:
     return f"{_signed(value - dense, 2)}"
 
 
+def versus_dense(metric: str, metrics: Mapping[str, float], dense: Mapping[str, float]) -> str:
+    """`compare` for one metric of a point; a latency by the speed-up that was taken interleaved.
+
+    Two latencies taken at different times differ by what else the machine did, too.
+    """
+    value, speedup = metrics.get(metric), metrics.get("speedup")
+    is_dense = value == dense.get(metric)
+    if metric == "latency_ms" and value is not None and speedup is not None and not is_dense:
+        return compare(metric, value, speedup * value)
+    return compare(metric, value, dense.get(metric))
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: "38 s", "4 min 05 s", "2 h 10 min"."""
     whole = round(seconds)

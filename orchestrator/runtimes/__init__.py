@@ -26,7 +26,6 @@ class Target(Frozen):
     device: str = "cpu"
     threads: int = 1
     batch_size: int = 1
-    eval_batch_size: int = 32
     padding: Literal["longest", "max_length"] = "longest"
     prompt_tokens: int = 64
     new_tokens: int = 32

@@ -62,12 +62,9 @@ class TorchRuntime:
         return ports(model, kind=kind)
 
     def load(self, folder: Path, target: Target) -> TorchSession:
-        import torch
-
         from orchestrator.runtimes.torch_artifact import TorchSession, load_model
 
-        torch.set_num_threads(target.threads)
-        return TorchSession(load_model(folder), device=target.device)
+        return TorchSession(load_model(folder), device=target.device, threads=target.threads)
 
 
 _NO_INT4 = (

@@ -23,11 +23,15 @@ WEIGHTS, SPEC, LOADER = "model.safetensors", "loader.json", "load.py"
 
 
 class TorchSession:
-    """A model that answers arrays with arrays; decoders keep their cache between calls."""
+    """A model that answers arrays with arrays; decoders keep their cache between calls.
 
-    def __init__(self, model: PreTrainedModel, *, device: str) -> None:
+    Threads are the whole process's in torch: a session sets its own when it is asked, and leaves
+    it at that. Without `threads` it takes those it finds.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, device: str, threads: int | None = None) -> None:
         self.model = model.to(device).eval()
-        self.device = device
+        self.device, self.threads = device, threads
         self.accepted = inspect.signature(model.forward).parameters
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -49,6 +53,8 @@ class TorchSession:
 
     @torch.inference_mode()
     def _call(self, **inputs: Any) -> Any:
+        if self.threads not in (None, torch.get_num_threads()):
+            torch.set_num_threads(self.threads)
         on_device = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()

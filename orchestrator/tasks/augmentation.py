@@ -38,7 +38,7 @@ def augment(
     mask_token: str | None,
     seed: int,
 ) -> list[tuple[str, ...]]:
-    """`options.copies` changed texts a row, row by row; words are what white space parts.
+    """`options.copies` changed texts a row, copy by copy; words are what white space parts.
 
     A tokenizer without a mask token masks nothing; a word without neighbours stays.
     """

@@ -1,0 +1,124 @@
+"""What trials train on: the training split or more rows than that, and the teacher that answers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from orchestrator.base_model import neighbours
+from orchestrator.finetune import CachedTeacher, cached_teacher, live_teacher
+from orchestrator.tasks import Rows
+from orchestrator.tasks.augmentation import Augmentation, augment
+
+if TYPE_CHECKING:
+    from orchestrator.bench import Bench
+
+VERSION = 2
+Note = Callable[[str], None]
+Teacher = Callable[[np.ndarray, dict[str, torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """`rows` to train on, or the training split itself where they are None.
+
+    `teacher` answers them by their index, where there is one; `key` is the lesson's name.
+    """
+
+    key: str
+    rows: Rows | None
+    teacher: Teacher | None
+
+
+PLAIN = Lesson("train", None, None)
+
+
+def taught(model: str, augmentation: Augmentation | None, bench: Bench, note: Note) -> Lesson:
+    """The lesson of the dense baseline. It answers beforehand where a row has one answer."""
+    if bench.task.kind != "encoder":
+        dense = bench.dense_model(model).to(bench.device)
+        return Lesson("train", None, live_teacher(dense, bench.task))
+    inputs = {
+        "dense": bench.dense(model).folder.name,
+        "augmentation": augmentation and augmentation.model_dump(mode="json"),
+        "seed": bench.recipe.seed,
+    }
+
+    def build(folder: Path) -> None:
+        dense, tokenizer = bench.dense_model(model), bench.base(model).tokenizer
+        encoded = bench.encoded("train", tokenizer)
+        if augmentation is not None:
+            note("augment")
+            rows = _with_made_up(
+                _real_rows(augmentation, bench),
+                dense,
+                tokenizer,
+                augmentation,
+                seed=bench.recipe.seed,
+            )
+            (folder / "texts.json").write_text(json.dumps(rows.texts))
+            encoded = bench.task.encode(rows, tokenizer)
+        note("answers")
+        answers = cached_teacher(dense, bench.task, encoded, bench.device)
+        np.save(folder / "logits.npy", answers.logits)
+
+    folder = bench.stages.once("answers", inputs, build, version=VERSION)
+    logits = np.load(folder / "logits.npy", allow_pickle=False)
+    rows = None
+    if augmentation is not None:
+        texts = [tuple(text) for text in json.loads((folder / "texts.json").read_text())]
+        rows = _labelled(texts, _real_rows(augmentation, bench), logits)
+    return Lesson(folder.name, rows, CachedTeacher(logits))
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most `limit` of `count` indices, evenly spread."""
+    return np.linspace(0, count - 1, min(limit, count)).astype(int).tolist()
+
+
+def _with_made_up(
+    real: Rows,
+    dense: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    augmentation: Augmentation,
+    *,
+    seed: int,
+) -> Rows:
+    """Real rows, then the changed copies of them; no labels yet."""
+    words = {word.lower() for text in real.texts for part in text for word in part.split()}
+    made_up = augment(
+        real,
+        augmentation,
+        neighbours=neighbours(dense, tokenizer, words),
+        mask_token=tokenizer.mask_token,
+        seed=seed,
+    )
+    return _numbered(real, [*real.texts, *made_up], labels=None)
+
+
+def _labelled(texts: list[tuple[str, ...]], real: Rows, logits: np.ndarray) -> Rows:
+    """Rows with labels: made-up ones have the teacher's."""
+    answers = logits.argmax(-1).tolist()
+    return _numbered(real, texts, labels=[*(real.labels or []), *answers[len(real.texts) :]])
+
+
+def _numbered(real: Rows, texts: Sequence[tuple[str, ...]], labels: list[int] | None) -> Rows:
+    ids = [str(number) for number in range(len(texts))]
+    return replace(real, ids=ids, texts=texts, labels=labels)
+
+
+def _real_rows(augmentation: Augmentation, bench: Bench) -> Rows:
+    """The training split; of it so much that a dry run's limit of rows holds with the copies."""
+    train = bench.rows["train"]
+    if bench.rows_limit is None:
+        return train
+    kept = spread(len(train.ids), max(1, bench.rows_limit // (1 + augmentation.copies)))
+    labels = None if train.labels is None else [train.labels[i] for i in kept]
+    return _numbered(train, [train.texts[i] for i in kept], labels)

@@ -1,0 +1,96 @@
+"""Every family goes through a whole trial: pruned, trained in int8, exported, served and measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import tiny_study
+import tiny_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from orchestrator.artifact import verify
+from orchestrator.bench import Bench
+from orchestrator.recipe import make_recipe
+from orchestrator.run_trial import measure_test, run_baseline, run_trial
+from orchestrator.trial import TrialResult, TrialStatus
+
+TOKENIZERS = {
+    "bert": tiny_tokenizers.wordpiece,
+    "distilbert": tiny_tokenizers.wordpiece,
+    "roberta": lambda: tiny_tokenizers.byte_level_bpe(roberta=True),
+    "gpt2": tiny_tokenizers.byte_level_bpe,
+    "llama": tiny_tokenizers.sentencepiece_bpe,  # grouped-query, tied embeddings
+}
+DECODERS = ("gpt2", "llama")
+CASES = [("onnxruntime", "bert"), ("onnxruntime", "llama"), ("torch", "distilbert")]
+SLOW = [("onnxruntime", family) for family in ("roberta", "distilbert", "gpt2")]
+SLOW += [("torch", "gpt2")]
+HALF = {"method": "structured", "heads": 0.5, "neurons": 0.5, "num_batches": 1}
+
+
+def save_model(family: str, folder: Path) -> Path:
+    """A checkpoint with random weights and a tokenizer of its family's kind."""
+    tokenizer: PreTrainedTokenizerFast = TOKENIZERS[family]()
+    tiny_models.make(family, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_bench(family: str, folder: Path, *, runtime: str) -> Bench:
+    data = folder / "text.txt"
+    data.write_text("\n".join(tiny_tokenizers.TEXTS * 4) + "\n")
+    task: dict[str, Any] = {"name": "causal_lm", "data": str(data), "block_size": 16}
+    if family not in DECODERS:
+        csv = tiny_study.write_sentences(folder / "data.csv", rows=120)
+        task = {"name": "text_classification", "data": str(csv), "max_length": 24}
+    quality = "perplexity" if family in DECODERS else "accuracy"
+    recipe = make_recipe(
+        {
+            "output_dir": str(folder / "study"),
+            "model": {"id": family, "name": str(save_model(family, folder / "model"))},
+            "task": task,
+            "target": {"runtime": runtime, "prompt_tokens": 8, "new_tokens": 4},
+            "objectives": [quality, "size_mb"],
+            "baseline": {"finetune": {"max_steps": 2, "learning_rate": 1e-3}},
+            "measure": {"max_seconds": 0.1, "num_inputs": 2, "num_check_inputs": 16},
+        }
+    )
+    return Bench(recipe, folder / "study", device="cpu")
+
+
+def trial(bench: Bench) -> TrialResult:
+    """Half of the heads and neurons, and two steps through the rounding of the runtime."""
+    config = bench.recipe.trial_config(
+        model=bench.recipe.models[0].id,
+        prune=HALF,
+        quantize={"scheme": "W8A8", "qat": True, "embeddings": True},
+        finetune={"max_steps": 2, "learning_rate": 1e-3},
+    )
+    return run_trial(config, bench, lambda stage: None)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "family"), CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+)
+def test_a_family_is_compressed_and_served(runtime: str, family: str, tmp_path: Path) -> None:
+    bench = tiny_bench(family, tmp_path, runtime=runtime)
+    baseline = run_baseline(family, bench, lambda stage: None)
+    result = trial(bench)
+    for done in (baseline, result):
+        assert done.status is TrialStatus.COMPLETED, done.message
+        assert done.measurement is not None and done.measurement.fingerprint
+        difference = done.details["served_difference"]
+        assert difference["max_difference"] < 0.05 * difference["logits_std"]
+        if family in DECODERS:
+            assert done.details["greedy_tokens_equal"] == 64
+    metrics, dense = result.measurement.metrics, baseline.measurement.metrics
+    assert metrics["macs"] < 0.7 * dense["macs"]
+    assert metrics["size_mb"] < 0.7 * dense["size_mb"]
+
+    folder = bench.folder / "trials" / result.trial_id / "artifact"
+    tested, sha256 = measure_test(folder, result.config, bench)
+    assert tested.num_examples > 0 and tested.fingerprint == result.measurement.fingerprint
+    assert sha256 != result.sha256 and verify(folder)["trial_id"] == result.trial_id
