@@ -35,6 +35,7 @@ from orchestrator.artifact import read_predictions, verify
 from orchestrator.launch.inline import Inline
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.report.wording import describe
 from orchestrator.tasks import Record
 from orchestrator.tasks.statistics import matched, percentile_interval, resample
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus
@@ -115,7 +116,7 @@ class Arms:
         return self._answers[config]
 
     def _run(self, config: TrialConfig) -> Answers:
-        what = f"{self.recipe.describe(config)}, seed {config.seed}"
+        what = describe(config.model_dump(mode="json") | {"seed": 0}) + f", seed {config.seed}"
         result = self.launcher.trial(config, lambda stage: None)
         check(result, what)
         artifact = self.launcher.folder / "trials" / config.id / "artifact"

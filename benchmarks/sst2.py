@@ -45,8 +45,8 @@ def main() -> None:
     first = run(arguments, 0, [])
     chosen = choose(first, times)
     seeds = [first]
-    for seed in range(1, 1 if arguments.quick else arguments.seeds):
-        seeds.append(run(arguments, seed, only(chosen)))
+    others = range(1, 1 if arguments.quick else arguments.seeds)
+    seeds += [run(arguments, seed, only(chosen)) for seed in others]
     result = compare(arguments, seeds, chosen)
     show(result)
     if arguments.json:

@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from orchestrator.recipe import ModelOptions
+from orchestrator import base_model_checks as checks
+from orchestrator.problems import raise_if
+from orchestrator.recipe import ModelOptions, TokenizerOptions
 from orchestrator.stages import file_sha256
 from orchestrator.tasks import Task
-from orchestrator.trial import BadInput, content_hash
+from orchestrator.trial import content_hash
 
 SOURCE_FILES = ("config.json", "*.safetensors", "*.bin")  # what a model's numbers hang on
 
@@ -42,26 +44,39 @@ def load_base(
 ) -> Base:
     """Load, or create, the base model with a head for the task's labels.
 
-    Raises `BadInput` for a model that does not exist, asks for remote code, or was fine-tuned on
-    other labels than the data's.
+    Raises `BadInput` for a model that does not exist, asks for remote code, does not fit the task,
+    or was fine-tuned on other labels than the data's.
     """
+    raise_if(checks.source_problems(options))
     tokenizer = load_tokenizer(options, texts)
     config = load_config(options, tokenizer, labels)
     torch.manual_seed(seed)
+    with checks.refusals(checks.place_of(options), options.name):
+        model = _load_model(options, task, config, new_head=bool(labels) and not options.finetuned)
+    checks.check_tokenizer(options, tokenizer, model)
+    checks.check_kind(options, task, model)
+    _fit(tokenizer, model)
+    return Base(model, tokenizer, source_of(options, config))
+
+
+def _load_model(
+    options: ModelOptions, task: Task, config: PretrainedConfig, *, new_head: bool
+) -> PreTrainedModel:
+    """The model in evaluation mode; a head of other labels is left out for a new one."""
     auto = task.auto_class()
     if options.config is not None:
-        model = auto.from_config(config, attn_implementation="sdpa")
-    else:
-        model = auto.from_pretrained(
-            options.name,
-            config=config,
-            revision=options.revision,
-            dtype=torch.float32,
-            trust_remote_code=options.trust_remote_code,
-            ignore_mismatched_sizes=not options.finetuned,  # a head for other labels is made anew
-        )
-    _fit(tokenizer, model)
-    return Base(model.eval(), tokenizer, source_of(options, config))
+        return auto.from_config(config, attn_implementation="sdpa").eval()
+    model, info = auto.from_pretrained(
+        options.name,
+        config=config,
+        revision=options.revision,
+        dtype=torch.float32,
+        trust_remote_code=options.trust_remote_code,
+        ignore_mismatched_sizes=True,  # so that they can be told from a head's
+        output_loading_info=True,
+    )
+    checks.check_weights(options, model, info, new_head=new_head)
+    return model.eval()
 
 
 def load_config(
@@ -69,14 +84,11 @@ def load_config(
 ) -> PretrainedConfig:
     """The model's config with the task's label names; token ids follow the tokenizer for a new model."""
     if options.config is not None:
-        values = dict(options.config)
-        if tokenizer is not None:
-            values |= _token_ids(tokenizer)
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-    else:
-        config = _pretrained_config(options)
+        checks.check_config_keys(options.config)
+    with checks.refusals(checks.place_of(options), options.name):
+        config = _own_config(options, tokenizer)
     if options.finetuned:
-        _check_labels(options, config, labels)
+        checks.check_labels(options, config, labels)
     elif labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
@@ -85,19 +97,38 @@ def load_config(
     return config
 
 
+def _own_config(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase | None
+) -> PretrainedConfig:
+    if options.config is None:
+        return AutoConfig.from_pretrained(
+            options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    values = dict(options.config)
+    if tokenizer is not None:
+        values |= _token_ids(tokenizer)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
 def load_tokenizer(options: ModelOptions, texts: Iterator[str]) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or a byte-level BPE trained on `texts` for a model from scratch."""
-    if isinstance(options.tokenizer, str) or options.tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.tokenizer or options.name,
-            revision=None if options.tokenizer else options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
-    else:
+    if isinstance(options.tokenizer, TokenizerOptions):
         tokenizer = train_tokenizer(texts, vocab_size=options.tokenizer.vocab_size)
+    else:
+        tokenizer = _pretrained_tokenizer(options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _pretrained_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    assert not isinstance(options.tokenizer, TokenizerOptions)
+    name = options.tokenizer or options.name
+    revision = None if options.tokenizer else options.revision
+    with checks.refusals(f"model.{'tokenizer' if options.tokenizer else 'name'}: {name}", name):
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=options.trust_remote_code
+        )
 
 
 def _fit(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -134,24 +165,6 @@ def source_of(options: ModelOptions, config: PretrainedConfig) -> dict[str, Any]
     return {"name": options.name, "revision": getattr(config, "_commit_hash", options.revision)}
 
 
-def _pretrained_config(options: ModelOptions) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(
-            options.name, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
-            problem = (
-                f"model.name: {options.name} needs code of its own to run; read that code, then"
-                " set model.trust_remote_code: true, or choose another model."
-            )
-            raise BadInput([problem]) from error
-        raise BadInput([f"model.name: {options.name} cannot be used: {error}"]) from error
-    except OSError as error:
-        problem = f"model.name: {options.name} is neither a folder nor a model that a hub gave: "
-        raise BadInput([problem + str(error).splitlines()[0]]) from error
-
-
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
@@ -159,21 +172,6 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-
-
-def _check_labels(options: ModelOptions, config: PretrainedConfig, labels: Sequence[str]) -> None:
-    """A model that is fine-tuned already must give the data's labels, in whatever case, in their order."""
-    if not labels:
-        return
-    own = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if [name.lower() for name in own] != [name.lower() for name in labels]:
-        raise BadInput(
-            [
-                f"model {options.name} was fine-tuned for the labels {own}, but the data have"
-                f" {list(labels)}; name them alike and in that order with task.label_map, or set"
-                " model.finetuned: false to train a new head."
-            ]
-        )
 
 
 def num_positions(model: PreTrainedModel) -> int | None:

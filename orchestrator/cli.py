@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from orchestrator.trial import BadInput
 
@@ -23,7 +25,9 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+RecipePath = Annotated[
+    Path, typer.Argument(help="The recipe, a YAML file; or the folder of a study that has one.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the recipe's: key.path=value …")
 ]
@@ -35,35 +39,52 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Run the command; a user's mistake ends with one message and status 2, never a stack trace."""
+    status = _run_app()
+    if status == INTERRUPTED:
+        err.print("Interrupted. The same command goes on from here.")
+    sys.exit(status)
+
+
+def _run_app() -> int:
     try:
-        sys.exit(app(standalone_mode=False) or OK)
+        return app(prog_name="slimtune", standalone_mode=False) or OK
     except BadInput as error:
         _complain(error.problems)
-        sys.exit(BAD_INPUT)
+        return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        err.print("Interrupted. The same command goes on from here.")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+    except BrokenPipeError:  # who reads the output has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own complaints about usage have one
             raise
         _complain([error.format_message()])
-        sys.exit(BAD_INPUT)
+        return BAD_INPUT
 
 
 def _complain(problems: list[str]) -> None:
     for problem in problems:
-        err.print(f"[red]✗[/] {_plain(problem)}", highlight=False, soft_wrap=True)
-    err.print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}; nothing was started.")
+        _say_failure(problem)
+    if len(problems) > 1:
+        err.print(f"{len(problems)} problems; nothing was started.")
 
 
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _say_failure(text: str) -> None:
+    err.print(f"[red]✗[/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    print(json.dumps(_finite(value), indent=1, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @app.command()
@@ -84,14 +105,18 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option(help="Every distinct path once, two steps on 32 rows; writes no study.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Every distinct path once, two steps on 32 rows; writes no study."
+        ),
     ] = False,
     device: Annotated[
         str | None,
         typer.Option(help="Where to train: cpu, cuda:0. Default: a GPU if there is one."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option(help="End with status 1 if any trial failed with reason `error`.")
+        bool,
+        typer.Option("--strict", help="End with status 1 if a trial failed with reason `error`."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,30 +142,47 @@ def run(
         with progress:
             front = Study(loaded, launcher=launcher, watch=progress).run()
     except NoBaseline as error:
-        err.print(f"[red]✗[/] {_plain(str(error))}")
+        _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
     if as_json:
         _print_json(front)
     else:
-        out.print(front_table(front))
-        out.print(_last_line(front, Path(loaded.output_dir)), highlight=False, soft_wrap=True)
-    failed = [t for t in front["all_trials"] if t["reason"] == "error"]
-    raise typer.Exit(NO_FRONT if not front["points"] or (strict and failed) else OK)
+        out.print(front_table(front, width=out.width))
+        told = _last_line(front, Path(loaded.output_dir), progress.elapsed)
+        out.print(told, highlight=False, soft_wrap=True)
+    raise typer.Exit(_status(front, strict=strict))
 
 
-def _last_line(front: dict[str, Any], folder: Path) -> str:
-    counts = front["trials"]
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{told} · report: {folder / 'report.html'} · hypervolume {front['hypervolume']:.4f}"
+def _last_line(front: dict[str, Any], folder: Path, elapsed: str) -> str:
+    counts = {name: count for name, count in front["trials"].items() if count}
+    reused = counts.pop("reused", 0)
+    told = ", ".join(f"{count} {name}" for name, count in counts.items())
+    told += f" ({reused} by earlier runs)" if reused else ""
+    return (
+        f"{told} in {elapsed} · hypervolume {front['hypervolume']:.4f}"
+        f" · report: {folder / 'report.html'}"
+    )
+
+
+def _status(front: dict[str, Any], *, strict: bool) -> int:
+    """The exit status of a finished study, with a word on why it is not 0."""
+    errors = [trial for trial in front["all_trials"] if trial["reason"] == "error"]
+    if not front["points"]:
+        _say_failure(f"no trial keeps the limits: {len(front['over_limit'])} are over one.")
+        return NO_FRONT
+    for trial in errors if strict else ():
+        _say_failure(f"trial {trial['trial_id']} failed: {trial['message']}")
+    return NO_FRONT if strict and errors else OK
 
 
 @app.command()
 def front(study: StudyPath, as_json: AsJson = False) -> None:
     """The front of a finished study."""
+    from orchestrator.front import read_front
     from orchestrator.report.terminal import front_table
 
-    found = _front_of(study)
-    _print_json(found) if as_json else out.print(front_table(found))
+    found = read_front(study)
+    _print_json(found) if as_json else out.print(front_table(found, width=out.width))
 
 
 @app.command()
@@ -152,15 +194,18 @@ def select(
     at_least: Annotated[
         list[str] | None, typer.Option("--min", help="metric=value that must be reached.")
     ] = None,
-    knee: Annotated[bool, typer.Option(help="The point where the front bends most.")] = False,
+    knee: Annotated[
+        bool, typer.Option("--knee", help="The point where the front bends most.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Points of the front within limits, the best first; status 1 if there is none."""
     from orchestrator import pareto
+    from orchestrator.front import read_front
     from orchestrator.pareto import Objective
     from orchestrator.report.terminal import front_table
 
-    found = _front_of(study)
+    found = read_front(study)
     objectives = [Objective(**objective) for objective in found["objectives"]]
     metrics = [point["metrics"] for point in found["points"]]
     try:
@@ -176,7 +221,7 @@ def select(
     if as_json:
         _print_json(points)
     elif points:
-        out.print(front_table(found | {"points": points}))
+        out.print(front_table(found, chosen=points, width=out.width))
     else:
         err.print("No point of the front keeps these limits.")
     raise typer.Exit(OK if points else NO_FRONT)
@@ -203,22 +248,26 @@ def export(
     study: Annotated[
         Path | None, typer.Option(help="The study's folder. Default: the one in runs/ that has it.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy a trial's artifact, checked against its hashes; built again if it was not kept."""
     from orchestrator.artifact import DamagedArtifact, verify
-    from orchestrator.rebuild import artifact_of, find_trial
+    from orchestrator.rebuild import artifact_of, copy_artifact, find_trial
 
     if folder.exists():
         raise BadInput([f"{folder} exists already; name a new folder."])
     home, place = find_trial(trial, study)
     try:
         source = artifact_of(home, place, note=lambda text: err.print(f"  {text}"))
-        verify(source)
+        description = verify(source)
     except DamagedArtifact as error:
-        err.print(f"[red]✗[/] {_plain(str(error))}")
+        _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
-    shutil.copytree(source, folder)
-    out.print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    files = copy_artifact(source, folder)
+    if as_json:
+        _print_json({"trial_id": description["trial_id"], "folder": str(folder), "files": files})
+    else:
+        out.print(f"{folder}: {', '.join(files)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -238,7 +287,7 @@ def measure(
     try:
         measured = measure_again(artifact, study)
     except DamagedArtifact as error:
-        err.print(f"[red]✗[/] {_plain(str(error))}")
+        _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
     _print_json(measured) if as_json else out.print(measurement_table(measured))
 
@@ -246,20 +295,12 @@ def measure(
 @app.command()
 def report(study: StudyPath, as_json: AsJson = False) -> None:
     """Write report.html anew from front.json."""
+    from orchestrator.front import read_front
     from orchestrator.report import write_report
 
-    _front_of(study)
+    read_front(study)
     path = write_report(study)
-    _print_json({"report": str(path)}) if as_json else out.print(str(path))
-
-
-def _front_of(study: Path) -> dict[str, Any]:
-    from orchestrator.front import read_front
-
-    try:
-        return read_front(study)
-    except FileNotFoundError as error:
-        raise BadInput([f"{study} has no front.json; run its recipe first."]) from error
+    _print_json({"report": str(path)}) if as_json else out.print(str(path), soft_wrap=True)
 
 
 if __name__ == "__main__":

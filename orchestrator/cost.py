@@ -70,7 +70,7 @@ class Cost:
         scoring = FORWARD * validation * row["training"]["position_seconds"]
         training = sum(self._training_s(budget, row, model) for budget in budgets)
         config = TrialConfig(**row["config"])
-        return training + len(budgets) * scoring + self._artifact_s(config, row)
+        return float(training + len(budgets) * scoring + self._artifact_s(config, row))
 
     def trial_s(self, config: TrialConfig) -> float:
         """One configuration, 0 where its path did not work. Asked in the study's order."""
@@ -82,7 +82,7 @@ class Cost:
         overhead = max(0.0, row["stage_seconds"]["finetune"] - row["training"]["seconds"])
         answers = self._answers_s(config)
         pruning = self._prune_s(config, row)
-        return training + overhead + answers + pruning + self._artifact_s(config, row)
+        return float(training + overhead + answers + pruning + self._artifact_s(config, row))
 
     # -- parts -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator import pareto
 from orchestrator.pareto import Objective
 from orchestrator.tasks import Record, Task
-from orchestrator.trial import TrialResult, TrialStatus
+from orchestrator.trial import BadInput, TrialResult, TrialStatus
 
 Json = dict[str, Any]
 
@@ -132,6 +132,14 @@ def trial_row(outcome: Outcome) -> Json:
 
 
 def read_front(study: Path) -> Json:
-    """front.json of a finished study."""
-    front: Json = json.loads((study / "front.json").read_text(encoding="utf-8"))
+    """front.json of a finished study. Raises `BadInput` where there is none that can be read."""
+    path = study / "front.json"
+    try:
+        front: Json = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        why = "finish its study first" if study.is_dir() else "there is no such folder"
+        raise BadInput([f"{study} has no front.json; {why}."]) from error
+    except ValueError as error:
+        problem = f"{path} is damaged: {error}; running its recipe again writes it anew."
+        raise BadInput([problem]) from error
     return front

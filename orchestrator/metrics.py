@@ -28,6 +28,9 @@ DIRECTIONS: dict[str, Literal["min", "max"]] = {
 }
 """Which way each metric is better."""
 
+SHARES = frozenset({"accuracy", "worst_class_accuracy", "f1", "agreement", "sparsity"})
+"""Metrics between 0 and 1; no other is below 0."""
+
 DECODER_METRICS = frozenset({"ttft_ms", "tpot_ms", "tokens_per_s", "kv_cache_mb"})
 QUALITY_METRICS: dict[str, frozenset[str]] = {
     "encoder": frozenset({"accuracy", "f1", "worst_class_accuracy", "agreement"}),

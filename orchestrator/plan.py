@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from orchestrator.facts import Json, facts_of
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers
+from orchestrator.report import wording
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, predict
-from orchestrator.study import identity_matches, read_manifest_facts
+from orchestrator.study import facts_on_disk
 from orchestrator.trial import TrialConfig
 
 ASSUMED_MACS_PER_S = 5e10  # what a training step reaches on two cores, until a study measured it
@@ -21,27 +23,42 @@ ASSUMED_MACS_PER_S = 5e10  # what a training step reaches on two cores, until a 
 
 def make_plan(recipe: Recipe) -> Json:
     """Configurations, references, totals and disk need, as JSON values."""
-    folder = Path(recipe.output_dir)
-    facts = read_manifest_facts(folder) if identity_matches(recipe) else None
-    facts = facts or facts_of(recipe)
+    facts = facts_on_disk(recipe) or facts_of(recipe)
     recipe.check_facts(facts)
-    rows = [_baseline_row(model.id, recipe, facts) for model in recipe.models]
-    for model in recipe.models:
-        arguments = (recipe, model.id, _signature(facts, model.id))
-        for role, config in (*dense_int8(*arguments), *first_layers(*arguments)):
-            rows.append(_row(role, config, recipe, facts))
-    search = recipe.search.start(recipe.space, seed=recipe.seed)
-    rows += [_row("trial", config, recipe, facts) for config in iter(search.ask, None) if config]
+    planned = list(_planned(recipe, facts))
+    shown = wording.telling_apart(config.model_dump(mode="json") for _, config in planned)
+    rows = [_row(role, config, recipe, facts, shown=shown) for role, config in planned]
     feasible = [row for row in rows if row["infeasible"] is None]
     return {
         "study": recipe.name,
         "target": recipe.target.model_dump(mode="json"),
         "num_rows": facts["num_rows"],
+        "notes": facts.get("notes", []),
         "configurations": rows,
         "num_feasible": len(feasible),
         "predicted_hours": sum(row["predicted_s"] for row in feasible) / 3600,
         "disk_mb": sum(2 * row["size_mb"] for row in feasible),
     }
+
+
+def _planned(recipe: Recipe, facts: Json) -> Iterator[tuple[str, TrialConfig]]:
+    """Baselines, references and what the search asks for, each configuration once."""
+    seen = set()
+    for role, config in _all_planned(recipe, facts):
+        if config.id not in seen:
+            seen.add(config.id)
+            yield role, config
+
+
+def _all_planned(recipe: Recipe, facts: Json) -> Iterator[tuple[str, TrialConfig]]:
+    for model in recipe.models:
+        finetune = recipe.baseline_budgets(model.id)[0]
+        yield "baseline", recipe.trial_config(model=model.id, finetune=finetune)
+    for model in recipe.models:
+        arguments = (recipe, model.id, _signature(facts, model.id))
+        yield from dense_int8(*arguments)
+        yield from first_layers(*arguments)
+    yield from (("trial", config) for config in recipe.asked())
 
 
 def training_seconds(
@@ -62,40 +79,41 @@ def training_seconds(
 
 def num_steps(finetune: Json, num_train: int) -> int:
     """Optimizer steps of a fine-tuning section on `num_train` rows."""
-    steps: int | None = finetune["max_steps"]
-    if steps is not None:
-        return steps
+    if finetune["max_steps"] is not None:
+        return int(finetune["max_steps"])
     if finetune["augmentation"] is not None:
         num_train *= 1 + finetune["augmentation"]["copies"]
-    batches = -(-num_train // finetune["per_device_train_batch_size"])
-    epochs: float = finetune["num_train_epochs"]
-    return math.ceil(epochs * batches / finetune["gradient_accumulation_steps"])
+    batches = math.ceil(num_train / finetune["per_device_train_batch_size"])
+    steps: float = finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
+    return math.ceil(steps)
 
 
-def _baseline_row(model: str, recipe: Recipe, facts: Json) -> Json:
-    """The dense model: its grid, and the winner's further training."""
-    budgets = recipe.baseline_budgets(model)
-    configs = [recipe.trial_config(model=model, finetune=budget) for budget in budgets]
-    signature = _signature(facts, model)
-    seconds = sum(training_seconds(config, signature, facts) for config in configs)
-    return _row("baseline", configs[0], recipe, facts) | {"predicted_s": seconds}
-
-
-def _row(role: str, config: TrialConfig, recipe: Recipe, facts: Json) -> Json:
+def _row(
+    role: str, config: TrialConfig, recipe: Recipe, facts: Json, *, shown: Collection[str]
+) -> Json:
     signature = _signature(facts, config.model)
-    reason = infeasible(config, signature, recipe)
+    values = config.model_dump(mode="json")
     row: Json = {
         "trial_id": config.id,
         "role": role,
-        "config": config.model_dump(mode="json"),
-        "description": recipe.describe(config, role),
-        "infeasible": reason,
+        "config": values,
+        "description": wording.describe(values, shown=shown),
+        "infeasible": infeasible(config, signature, recipe),
     }
-    if reason is None:
+    if row["infeasible"] is None:
         length = round(facts["models"][config.model]["mean_length"])
-        known = predict(config, signature, recipe, length=length)
-        row |= known | {"predicted_s": training_seconds(config, signature, facts)}
+        row |= predict(config, signature, recipe, length=length)
+        trainings = _trainings(role, config, recipe)
+        row["predicted_s"] = sum(training_seconds(c, signature, facts) for c in trainings)
     return row
+
+
+def _trainings(role: str, config: TrialConfig, recipe: Recipe) -> list[TrialConfig]:
+    """What is trained for a configuration: of the dense model its grid, and the best of it further."""
+    if role != "baseline":
+        return [config]
+    budgets = recipe.baseline_budgets(config.model)
+    return [recipe.trial_config(model=config.model, finetune=budget) for budget in budgets]
 
 
 def _signature(facts: Json, model: str) -> Signature:
@@ -104,33 +122,38 @@ def _signature(facts: Json, model: str) -> Signature:
 
 def plan_table(plan: Json) -> Table:
     """The plan as people read it."""
-    title = (
-        f"{plan['study']}: {plan['num_feasible']} of {len(plan['configurations'])} configurations"
-        f" can work · about {plan['predicted_hours']:.2g} device-hours of training"
-        f" · up to {plan['disk_mb']:.0f} MB of disk"
-    )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    title = f"{plan['study']}: {plan['num_feasible']} of {len(plan['configurations'])}"
+    table = Table(title=f"{title} configurations can work", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("trial", no_wrap=True)
-    table.add_column("what")
-    for name in ("size_mb", "MMACs", "params", "train s"):
-        table.add_column(name, justify="right")
+    table.add_column("configuration", min_width=18)
+    for name in ("size (MB)", "MACs", "parameters", "training"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in plan["configurations"]:
         table.add_row(row["trial_id"][:8], _what(row), *_figures(row))
+    table.caption = "\n".join([_totals(plan), *plan["notes"]])
+    table.caption_justify = "left"
     return table
 
 
-def _what(row: Json) -> str:
-    if row["infeasible"] is None:
-        return str(row["description"])
-    return f"[dim]{row['description']}[/]\n[yellow]cannot work: {row['infeasible']}[/]"
-
-
-def _figures(row: Json) -> tuple[Any, ...]:
-    if row["infeasible"] is not None:
-        return ("", "", "", "")
+def _totals(plan: Json) -> str:
+    seconds = plan["predicted_hours"] * 3600
+    rows = ", ".join(f"{count:,} {split}" for split, count in plan["num_rows"].items())
     return (
-        f"{row['size_mb']:.2f}",
-        f"{row['macs'] / 1e6:.1f}",
-        f"{row['num_params'] / 1e6:.2f} M",
-        f"{row['predicted_s']:.0f}",
+        f"about {wording.duration(seconds)} of training, up to {plan['disk_mb']:.3g} MB of disk;"
+        f" rows: {rows}"
     )
+
+
+def _what(row: Json) -> Text:
+    role = "" if row["role"] == "trial" else f"{row['role']}: "
+    if row["infeasible"] is None:
+        return Text(f"{role}{row['description']}")
+    reason = (f"\ncannot work: {row['infeasible']}", "yellow")
+    return Text.assemble((f"{role}{row['description']}", "dim"), reason)
+
+
+def _figures(row: Json) -> list[str]:
+    if row["infeasible"] is not None:
+        return []
+    sizes = [wording.number(name, row[name]) for name in ("size_mb", "macs", "num_params")]
+    return [*sizes, wording.duration(row["predicted_s"])]

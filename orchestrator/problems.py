@@ -9,8 +9,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orchestrator.trial import BadInput
+
 Place = tuple[str | int, ...]
 Problem = tuple[Place, str]  # where, and what follows it in the sentence
+
+
+def raise_if(problems: list[str]) -> None:
+    """Raises `BadInput` if there are problems, each said once."""
+    if problems:
+        raise BadInput(list(dict.fromkeys(problems)))
 
 
 def nearest(name: object, valid: Iterable[str]) -> str:
@@ -47,7 +55,7 @@ def _sentence(detail: Any, path: Place, model: type[BaseModel], what: str) -> st
         name = what if owner is model else ".".join(keys)
         valid = (key for key, field in owner.model_fields.items() if not field.exclude)
         return f"is not a key of `{name}`{nearest(path[-1], valid)}"
-    text: str = detail["msg"].removeprefix("Input ")
+    text: str = detail["msg"].removeprefix("Input ").removeprefix("String ")
     if detail["type"] == "value_error":
         return ": " + text.removeprefix("Value error, ")
     return text[0].lower() + text[1:]

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifact import verify
+from orchestrator.artifact import DESCRIPTION, verify
 from orchestrator.launch.inline import Inline
 from orchestrator.recipe import Recipe
 from orchestrator.stages import write_atomically
-from orchestrator.study import RESULT, read_result
-from orchestrator.trial import BadInput, Measurement, TrialStatus
+from orchestrator.study import MANIFEST, RESULT, read_manifest, read_result
+from orchestrator.trial import BadInput, Measurement, TrialResult, TrialStatus
 
 
 def recipe_of(study: Path) -> Recipe:
-    """The resolved recipe of a study's manifest."""
-    manifest = json.loads((study / "manifest.json").read_text(encoding="utf-8"))
+    """The resolved recipe of a study's manifest. Raises `BadInput` where there is none."""
+    manifest = read_manifest(study) if (study / MANIFEST).is_file() else None
+    if manifest is None:
+        raise BadInput([f"{study} holds no study."])
     return Recipe.from_resolved(manifest["recipe"], output_dir=study)
 
 
 def find_trial(trial: str, study: Path | None) -> tuple[Path, Path]:
     """The study and the folder of the trial whose id begins with `trial`. Raises `BadInput`."""
-    studies = (
-        [study] if study else sorted(path.parent for path in Path("runs").glob("*/manifest.json"))
-    )
-    found = []
-    for home in studies:
-        folders = [*home.glob("trials/*/"), *home.glob("baseline"), *home.glob("baseline/*/")]
-        for folder in folders:
-            result = read_result(folder)
-            if result is not None and result.trial_id.startswith(trial):
-                found.append((home, folder))
+    if study is not None and not (study / MANIFEST).is_file():
+        raise BadInput([f"{study} holds no study."])
+    studies = [study] if study else sorted(p.parent for p in Path("runs").glob(f"*/{MANIFEST}"))
+    found = [
+        (home, folder)
+        for home in studies
+        for folder in (*home.glob("trials/*/"), *home.glob("baseline"), *home.glob("baseline/*/"))
+        if (result := read_result(folder)) is not None and result.trial_id.startswith(trial)
+    ]
     if len(found) == 1:
         return found[0]
-    where = ", ".join(str(home) for home in studies) or "runs/"
+    where = ", ".join(str(home) for home in studies) or "runs/, which holds no study"
     if not found:
-        raise BadInput([f"no trial begins with {trial} in {where}; `slimtune front` lists them."])
+        raise BadInput([f"no trial begins with {trial} in {where}; --study names another study."])
     raise BadInput(
-        [f"{trial} is the start of {len(found)} trials; give more of the id, or --study."]
+        [
+            f"{trial} is the start of {len(found)} trials in {where}; give more of the id, or --study."
+        ]
     )
 
 
@@ -47,24 +51,55 @@ def artifact_of(study: Path, folder: Path, *, note: Callable[[str], None]) -> Pa
     """The artifact of a finished trial; a dropped one is built again by running the trial."""
     result = read_result(folder)
     assert result is not None
-    if result.artifact is not None:
-        return folder / result.artifact
-    again = Inline(recipe_of(study), study).trial(result.config, note)
-    if again.status is not TrialStatus.COMPLETED:
-        raise BadInput([f"{result.trial_id} could not be built again: {again.message}"])
-    write_atomically(folder / RESULT, again.model_dump_json(indent=1))
-    return folder / "artifact"
+    if result.status is not TrialStatus.COMPLETED:
+        reason = f"{result.status.value}: {result.message}"
+        raise BadInput([f"{result.trial_id} has no artifact, it {reason}."])
+    artifact = folder / "artifact"
+    if result.artifact is None or not (artifact / DESCRIPTION).exists():
+        again = _run_again(study, folder, result, note)
+        if again.status is not TrialStatus.COMPLETED:
+            raise BadInput([f"{result.trial_id} could not be built again: {again.message}."])
+        write_atomically(folder / RESULT, again.model_dump_json(indent=1))
+    return artifact
+
+
+def _run_again(
+    study: Path, folder: Path, result: TrialResult, note: Callable[[str], None]
+) -> TrialResult:
+    """The trial, or the dense baseline, once more, with its test scores if it had any."""
+    launcher = Inline(recipe_of(study), study)
+    if folder.relative_to(study).parts[0] == "baseline":
+        again = launcher.baseline(result.config.model, note)
+    else:
+        again = launcher.trial(result.config, note)
+    if again.artifact is not None and result.test is not None:
+        test, sha256 = launcher.test(folder / again.artifact, result.config)
+        again = again.model_copy(update={"test": test, "sha256": sha256})
+    return again
+
+
+def copy_artifact(artifact: Path, folder: Path) -> list[str]:
+    """A copy that appears whole or not at all; the names of its files. Raises `BadInput`."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        shutil.copytree(artifact, part)
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise BadInput([f"{folder} cannot be written: {error.strerror}."]) from error
+    return sorted(path.name for path in folder.iterdir())
 
 
 def measure_again(artifact: Path, study: Path | None) -> dict[str, Any]:
     """Measure an artifact on this machine, its hashes checked first.
 
     With its study at hand, quality on validation and speed-up over the dense baseline come too.
+    Raises `BadInput` where there is no artifact, or no study in the folder that is named.
     """
+    if not (artifact / DESCRIPTION).is_file():
+        raise BadInput([f"{artifact} is no artifact's folder: it has no {DESCRIPTION}."])
     description = verify(artifact)
-    home = study or next(
-        (p for p in artifact.resolve().parents if (p / "manifest.json").exists()), None
-    )
+    home = study or next((p for p in artifact.resolve().parents if (p / MANIFEST).exists()), None)
     recipe = recipe_of(home) if home else None
     from orchestrator.quiet import quiet
 
@@ -76,4 +111,5 @@ def measure_again(artifact: Path, study: Path | None) -> dict[str, Any]:
         measured = measure_in_study(artifact, recipe, home)
     else:
         measured = measure_alone(artifact, description)
-    return {"artifact": str(artifact), "trial_id": description["trial_id"], **measured.model_dump()}
+    about = {key: description[key] for key in ("trial_id", "config")}
+    return {"artifact": str(artifact), **about, **measured.model_dump()}

@@ -6,20 +6,27 @@ what would be valid.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, SkipValidation, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SkipValidation,
+    ValidationError,
+    model_validator,
+)
 
 from orchestrator import recipe_checks as checks
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.measure import MeasureOptions
 from orchestrator.metrics import DIRECTIONS
-from orchestrator.parameters import parameters, variants
+from orchestrator.parameters import variants
 from orchestrator.pareto import Objective
 from orchestrator.plugins import name_of
 from orchestrator.problems import Problem, describe
@@ -27,11 +34,11 @@ from orchestrator.recipe_file import override, read, told
 from orchestrator.runtimes import Target
 from orchestrator.search import SEARCHERS, Searcher
 from orchestrator.signature import Signature
-from orchestrator.space import Space, grid, infeasible, predict, resolve, summary, trains
+from orchestrator.space import Space, grid, infeasible, predict, resolve, trains
 from orchestrator.tasks import TASKS, Task
 from orchestrator.trial import BadInput, Frozen, TrialConfig, content_hash
 
-MAX_CHECKED = 500  # configurations that are looked through for one that can work
+MAX_CHECKED = 500  # configurations that are looked through for one that can work; others may
 NOT_IDENTITY = ("name", "output_dir", "keep")  # may differ between runs of one study
 
 
@@ -87,7 +94,7 @@ class References(Frozen):
     """
 
     dense_int8: bool = True
-    first_layers: tuple[int, ...] = (2, 4)
+    first_layers: tuple[PositiveInt, ...] = (2, 4)
     random_twin: bool = True
 
 
@@ -174,10 +181,15 @@ class Recipe(Frozen):
         """A configuration outside the space, such as a reference, with every option resolved."""
         return resolve(model=model, **{"seed": self.seed, **sections})
 
-    def num_trials(self) -> int:
-        """How many configurations the search asks for, were none of them to teach it anything."""
+    def asked(self) -> Iterator[TrialConfig]:
+        """Every configuration the search asks for, were none of them to teach it anything."""
         search = self.search.start(self.space, seed=self.seed)
-        return sum(1 for _ in iter(search.ask, None))
+        while (config := search.ask()) is not None:
+            yield config
+
+    def num_trials(self) -> int:
+        """How many configurations the search asks for."""
+        return sum(1 for _ in self.asked())
 
     def largest_budget(self) -> dict[str, Any]:
         """Fine-tuning options of the space that spend the largest budget, as plain data.
@@ -188,34 +200,32 @@ class Recipe(Frozen):
         options = [FinetuneOptions(**section) for section in sections]
         return max(options, key=_budget).model_dump(mode="json")
 
-    def describe(self, config: TrialConfig, role: str = "trial") -> str:
-        """A configuration in a line."""
-        paths = [path.split(".") for _, path, _ in parameters(self.space.tree)]
-        tuned = dict.fromkeys(path[1] for path in paths if path[0] == "finetune" and path[1:])
-        model = f"{config.model}: " if len(self.model) > 1 else ""
-        return f"{model}{summary(config, shown=tuned)}{'' if role == 'trial' else f' ({role})'}"
-
     def check_facts(self, facts: Mapping[str, Any]) -> None:
         """Raise `BadInput`, with the reasons, where no configuration can work within the limits."""
+        models = facts["models"].items()
+        signatures = {name: Signature.model_validate(model["signature"]) for name, model in models}
         reasons: Counter[str] = Counter()
-        search = self.search.start(self.space, seed=self.seed)
-        for config in islice(iter(search.ask, None), MAX_CHECKED):
-            reason = self._ruled_out(config, facts["models"][config.model])
-            if reason is None:
+        reached: dict[str, list[float]] = {}
+        for number, config in enumerate(self.asked()):
+            if number == MAX_CHECKED:
                 return
-            reasons[reason] += 1
-        listed = [f"{reason} ({count} times)" for reason, count in reasons.most_common(5)]
-        why = "; ".join(listed) or "it is empty"
-        raise BadInput([f"space: none of its configurations can work: {why}."])
+            signature = signatures[config.model]
+            if (reason := infeasible(config, signature, self)) is not None:
+                reasons[reason] += 1
+            elif broken := self._broken_limits(predict(config, signature, self)):
+                for name, value in broken.items():
+                    reached.setdefault(name, []).append(value)
+            else:
+                return
+        why = [f"{reason} ({count} of them)" for reason, count in reasons.most_common(5)]
+        why += [_unmet(o, reached[o.name]) for o in self.limits if o.name in reached]
+        told = "; ".join(why) or "it is empty"
+        raise BadInput([f"space: none of its configurations can work: {told}."])
 
-    def _ruled_out(self, config: TrialConfig, model: Mapping[str, Any]) -> str | None:
-        signature = Signature.model_validate(model["signature"])
-        reason = infeasible(config, signature, self)
-        if reason is not None:
-            return reason
-        known = predict(config, signature, self)
-        broken = [o for o in self.limits if o.name in known and not o.allows(known[o.name])]
-        return f"the limit on {broken[0].name} is broken by any weights" if broken else None
+    def _broken_limits(self, known: Mapping[str, float]) -> dict[str, float]:
+        """What is known before training and outside its limit."""
+        asked = (limit for limit in self.limits if limit.name in known)
+        return {o.name: known[o.name] for o in asked if not o.allows(known[o.name])}
 
     # -- what it is ------------------------------------------------------------------------------
 
@@ -251,6 +261,16 @@ def _budget(options: FinetuneOptions) -> tuple[bool, float]:
         return options.num_train_epochs > 0, options.num_train_epochs
     rows = options.per_device_train_batch_size * options.gradient_accumulation_steps
     return False, options.max_steps * rows
+
+
+def _unmet(limit: Objective, values: Sequence[float]) -> str:
+    """That values known before training are all outside a limit, and how near they come."""
+    low = -math.inf if limit.min is None else limit.min
+    high = math.inf if limit.max is None else limit.max
+    best = min(values, key=lambda value: max(low - value, value - high))
+    bounds = {"min": limit.min, "max": limit.max}
+    asked = ", ".join(f"{name}: {value:g}" for name, value in bounds.items() if value is not None)
+    return f"limits.{limit.name} is {{{asked}}}, and what comes nearest has {best:.3g}"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

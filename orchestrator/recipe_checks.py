@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.metrics import DIRECTIONS, metrics_of
+from orchestrator.metrics import DIRECTIONS, SHARES, metrics_of
 from orchestrator.plugins import find, is_code, name_of
 from orchestrator.problems import Place, Problem, describe, nearest
 from orchestrator.runtimes import RUNTIMES
@@ -97,9 +97,17 @@ def limits_of(written: Any, problems: list[Problem]) -> list[Any]:
             problems.append((place, f"has to hold numbers, got {limit!r}."))
         elif limit.get("min", -math.inf) > limit.get("max", math.inf):
             problems.append((place, f"has to have min <= max, got {limit!r}."))
+        elif name in DIRECTIONS and not _can_be_met(name, **limit):
+            bounds = "between 0 and 1" if name in SHARES else "at least 0"
+            problems.append((place, f"can be met by no model: it is {bounds}, got {limit!r}."))
         else:
             limits.append({"name": name, "direction": DIRECTIONS.get(name, "min"), **limit})
     return limits
+
+
+def _can_be_met(metric: str, *, min: float = 0.0, max: float = math.inf) -> bool:
+    """Whether there are values of a metric within a limit."""
+    return max >= 0 and (metric not in SHARES or min <= 1)
 
 
 def space_of(section: Any, models: list[Any], seed: Any, problems: list[Problem]) -> Any:

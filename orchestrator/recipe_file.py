@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,8 +38,10 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a recipe and what it says. Raises `BadInput`."""
+    """The text of a recipe and what it says; of a study's folder, its recipe. Raises `BadInput`."""
     try:
+        if path.is_dir():
+            return "", _of_study(path)
         source = path.read_text(encoding="utf-8")
         written = yaml.load(source, Loader=_Loader)
     except OSError as error:
@@ -48,6 +51,15 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(written, dict):
         raise BadInput([f"{path} has to be a mapping of keys to values, got {written!r}."])
     return source, written
+
+
+def _of_study(folder: Path) -> dict[str, Any]:
+    """The recipe that a study was run with, whose folder may have been moved."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return {**manifest["recipe"], "output_dir": str(folder)}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput([f"{folder} is a folder and holds no study; name a recipe."]) from error
 
 
 def _one_line(error: Exception) -> str:

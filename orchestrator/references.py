@@ -18,9 +18,7 @@ def dense_int8(recipe: Recipe, model: str, signature: Signature) -> Iterator[Ref
     """The dense model with post-training int8."""
     if not recipe.references.dense_int8:
         return
-    config = resolve(
-        model=model, quantize=INT8, finetune={"max_steps": 0}, seed=recipe.seed
-    )
+    config = resolve(model=model, quantize=INT8, finetune={"max_steps": 0}, seed=recipe.seed)
     if infeasible(config, signature, recipe) is None:
         yield "dense int8", config
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic import Field, ValidationError
 
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.parameters import (
@@ -209,39 +208,6 @@ def trains(options: FinetuneOptions) -> bool:
 
 
 # -- what can be said of a configuration before any work -----------------------------------------
-
-
-def summary(config: TrialConfig, *, shown: Collection[str] = ()) -> str:
-    """A configuration in a line: what is not at its default, and the fine-tuning options `shown`."""
-    methods = [_words(dict(m), find(METHODS, m["method"], what="method")) for m in config.prune]
-    quantize = dict(config.quantize)
-    scheme = [quantize.pop("scheme"), "QAT" if quantize.pop("qat") else ""]
-    scheme += [_words(quantize, QuantizeOptions)]
-    options = FinetuneOptions(**config.finetune)
-    count, unit = options.num_train_epochs, "epoch"
-    if options.max_steps is not None:
-        count, unit = options.max_steps, "step"
-    steps = f"{count:g} {unit}{'' if count == 1 else 's'}"
-    training = [steps if trains(options) else "no training"]
-    training += ["distilled"] if options.distillation else []
-    told = ("max_steps", "num_train_epochs", "distillation")
-    training += [f"{name}={_short(config.finetune[name])}" for name in shown if name not in told]
-    parts = [" + ".join(methods) or "dense", " ".join(filter(None, scheme)), " ".join(training)]
-    return " · ".join(parts)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _words(options: dict[str, Any], model: type[BaseModel]) -> str:
-    """A method's name, then what is not at its default."""
-    words = [options.pop("method", "")]
-    for key, value in options.items():
-        field = model.model_fields[key]
-        if field.is_required() or value != to_jsonable_python(field.get_default()):
-            words.append(key if value is True else f"{key}={_short(value)}")
-    return " ".join(filter(None, words))
 
 
 def infeasible(config: TrialConfig, signature: Signature, recipe: Recipe) -> str | None:

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from orchestrator import __version__, pareto
 from orchestrator import front as fronts
-from orchestrator.artifact import read_predictions
+from orchestrator.artifact import DamagedArtifact, read_predictions
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher
 from orchestrator.launch.inline import Inline
 from orchestrator.ledger import Ledger
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
-from orchestrator.report import write_report
+from orchestrator.report import wording, write_report
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, predict
 from orchestrator.stages import file_sha256, write_atomically
@@ -34,23 +35,37 @@ from orchestrator.trial import (
     TrialStatus,
 )
 
-RESULT = "measurement.json"
+SCHEMA = 1
+MANIFEST, RESULT = "manifest.json", "measurement.json"
+OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
+MAX_SHOWN = 120  # characters of a value in a message
+TRIED_AGAIN = {Reason.OOM, Reason.TIMEOUT, Reason.ERROR}  # the others would end the same way
 
 
 class Watch(Protocol):
-    """Who looks on while a study runs."""
+    """Who looks on while a study runs.
 
-    def trial_started(self, number: int, total: int | None, text: str) -> None: ...
+    `phase` begins work that belongs to no trial, `note` tells what a reader of the numbers must
+    know, `trial_reused` is for what an earlier run has done. Trial 0 is the dense baseline.
+    """
+
+    def phase(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def trial_started(self, number: int, total: int, text: str) -> None: ...
     def stage(self, text: str) -> None: ...
     def trial_finished(self, result: TrialResult) -> None: ...
+    def trial_reused(self, result: TrialResult) -> None: ...
 
 
 class Silent:
     """Nobody looks on."""
 
-    def trial_started(self, number: int, total: int | None, text: str) -> None: ...
+    def phase(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def trial_started(self, number: int, total: int, text: str) -> None: ...
     def stage(self, text: str) -> None: ...
     def trial_finished(self, result: TrialResult) -> None: ...
+    def trial_reused(self, result: TrialResult) -> None: ...
 
 
 class NoBaseline(Exception):
@@ -108,17 +123,18 @@ class Study:
 
     def _open(self) -> None:
         """Check or write the manifest, and learn the facts about data and models."""
+        check_writable(self.folder)
         manifest = read_manifest(self.folder)
         identity = self.recipe.identity()
         if manifest is not None:
             refuse_other_study(self.folder, manifest["identity"], identity)
-        self.ledger = Ledger(self.folder / "ledger", self.recipe.name)
-        self.facts: Json = manifest["facts"] if manifest else self.launcher.facts()
+        self.facts: Json = manifest["facts"] if manifest else self._learn_facts()
         self.recipe.check_facts(self.facts)
+        self.ledger = Ledger(self.folder / "ledger", self.recipe.name)
         if manifest is None:
             write_atomically(self.folder / "recipe.yaml", self.recipe.source)
         manifest = {
-            "schema": 1,
+            "schema": SCHEMA,
             "identity": identity,
             "recipe": self.recipe.resolved(),
             "slimtune": __version__,
@@ -128,7 +144,15 @@ class Study:
             "reference_point": pareto.reference_point(self.recipe.objectives),
             "facts": self.facts,
         }
-        write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1))
+        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+
+    def _learn_facts(self) -> Json:
+        """Data and models read for the first time; what a reader must know of them is told once."""
+        self.watch.phase("reading data and models")
+        facts = self.launcher.facts()
+        for note in facts.get("notes", ()):
+            self.watch.note(note)
+        return facts
 
     def signature(self, model: str) -> Signature:
         return Signature.model_validate(self.facts["models"][model]["signature"])
@@ -141,15 +165,21 @@ class Study:
             result = read_result(folder)
             reused = result is not None and result.status is TrialStatus.COMPLETED
             if result is None or not reused:
-                self.watch.trial_started(0, self.num_planned, f"dense baseline {options.id}")
-                self.ledger.append("started", f"baseline:{options.id}")
-                result = self.launcher.baseline(options.id, self.watch.stage)
-                self._record(result, folder)
+                result = self._run_baseline(options.id, folder)
+            else:
+                self.watch.trial_reused(result)
             if result.status is not TrialStatus.COMPLETED:
                 raise NoBaseline(f"the dense baseline of {options.id} failed: {result.message}")
-            self.watch.trial_finished(result)
             outcome = Outcome(result, folder, role="baseline", reused=reused)
             self.baselines[options.id] = self.outcomes[result.trial_id] = outcome
+
+    def _run_baseline(self, model: str, folder: Path) -> TrialResult:
+        self.watch.trial_started(0, self.num_planned, f"dense baseline {model}")
+        self.ledger.append("started", f"baseline:{model}")
+        result = self.launcher.baseline(model, self.watch.stage)
+        self._record(result, folder)
+        self.watch.trial_finished(result)
+        return result
 
     def _planned(self) -> Iterator[tuple[str, TrialConfig]]:
         """The references that are known before the search."""
@@ -179,21 +209,27 @@ class Study:
             return self.outcomes[config.id]
         folder = self.folder / "trials" / config.id
         result = read_result(folder)
-        reused = result is not None and result.status is not TrialStatus.FAILED
+        reused = result is not None and result.reason not in TRIED_AGAIN
         if result is None or not reused:
             result = self._ruled_out(config) or self._run(config, role)
             self._record(result, folder)
+        else:
+            self.watch.trial_reused(result)
         outcome = Outcome(result, folder, role=role, reused=reused)
         self.outcomes[config.id] = outcome
         return outcome
 
     def _run(self, config: TrialConfig, role: str) -> TrialResult:
         number = sum(o.role != "baseline" for o in self.outcomes.values()) + 1
-        self.watch.trial_started(number, self.num_planned, self.recipe.describe(config, role))
+        self.watch.trial_started(number, self.num_planned, self._words(config, role))
         self.ledger.append("started", config.id, attempt=self.ledger.attempts(config.id) + 1)
         result = self.launcher.trial(config, self.watch.stage)
         self.watch.trial_finished(result)
         return result
+
+    def _words(self, config: TrialConfig, role: str) -> str:
+        words = wording.describe(config.model_dump(mode="json"), shown=self._shown)
+        return words if role == "trial" else f"{role}: {words}"
 
     def _ruled_out(self, config: TrialConfig) -> TrialResult | None:
         """A result without training: it cannot work, breaks a limit, or is dominated at best."""
@@ -262,9 +298,11 @@ class Study:
 
     def _conclude(self) -> Json:
         """Score the front on the test split, write front.json and the report, drop what is dominated."""
+        self.watch.phase("scoring the front on the test split")
+        while untested := self._untested():
+            for outcome in untested:
+                self._test(outcome)
         front, dominated, over = self._split()
-        for outcome in [*self.baselines.values(), *self._references(), *front]:
-            self._test(outcome)
         if self.recipe.keep == "front":
             for outcome in (*dominated, *over):
                 self._drop(outcome)
@@ -277,16 +315,27 @@ class Study:
         own = [o for o in self.outcomes.values() if o.role not in ("trial", "baseline")]
         return [o for o in own if o.completed]
 
+    def _untested(self) -> list[Outcome]:
+        """What is to be scored on the test split: the front, baselines and references."""
+        front, _, _ = self._split()
+        shown = [*self.baselines.values(), *self._references(), *front]
+        return [o for o in shown if o.result.test is None and o.result.artifact is not None]
+
     def _test(self, outcome: Outcome) -> None:
-        if outcome.result.test is not None or outcome.result.artifact is None:
+        """Score an artifact; one that is damaged fails its trial."""
+        result = outcome.result
+        assert result.artifact is not None
+        try:
+            measured, sha256 = self.launcher.test(outcome.folder / result.artifact, result.config)
+        except DamagedArtifact as error:
+            outcome.result = _damaged(result, error)
+            self._record(outcome.result, outcome.folder)
+            if outcome.role == "baseline":
+                raise NoBaseline(f"{error}; the same command makes it again") from error
             return
-        folder = outcome.folder / outcome.result.artifact
-        self.watch.stage(f"test split: {outcome.result.trial_id}")
-        measured, sha256 = self.launcher.test(folder, outcome.result.config)
-        update = {"test": measured, "sha256": sha256}
-        outcome.result = outcome.result.model_copy(update=update)
+        outcome.result = result.model_copy(update={"test": measured, "sha256": sha256})
         write_atomically(outcome.folder / RESULT, outcome.result.model_dump_json(indent=1))
-        self.ledger.append("measured", outcome.result.trial_id, test=measured.metrics)
+        self.ledger.append("measured", result.trial_id, test=measured.metrics)
 
     def _drop(self, outcome: Outcome) -> None:
         """Delete a dominated artifact; its command builds it again."""
@@ -341,12 +390,31 @@ class Study:
         return read_predictions(outcome.folder / outcome.result.artifact, "validation")
 
     @cached_property
-    def num_planned(self) -> int | None:
-        """How many trials there will be, references included; None where the searcher cannot say."""
-        total = self.recipe.num_trials()
-        if total is None:
-            return None
-        return total + len(list(self._planned())) + bool(self.recipe.references.random_twin)
+    def num_planned(self) -> int:
+        """How many trials there will be, references included."""
+        return len(self._known_ahead) + self.recipe.references.random_twin
+
+    @cached_property
+    def _shown(self) -> list[str]:
+        """Options that a line about a trial has to say."""
+        return wording.telling_apart(c.model_dump(mode="json") for c in self._known_ahead)
+
+    @cached_property
+    def _known_ahead(self) -> set[TrialConfig]:
+        """References and what the search asks for."""
+        return {*(config for _, config in self._planned()), *self.recipe.asked()}
+
+
+def _damaged(result: TrialResult, error: DamagedArtifact) -> TrialResult:
+    """A result whose artifact can no longer be trusted."""
+    return TrialResult(
+        trial_id=result.trial_id,
+        config=result.config,
+        status=TrialStatus.FAILED,
+        reason=Reason.ERROR,
+        message=str(error),
+        device_seconds=result.device_seconds,
+    )
 
 
 def read_result(folder: Path) -> TrialResult | None:
@@ -357,37 +425,16 @@ def read_result(folder: Path) -> TrialResult | None:
         return None
 
 
-def read_manifest_facts(folder: Path) -> Json | None:
-    """What a study that was begun learnt about its data and models."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8"))["facts"] if path.exists() else None
-
-
-def identity_matches(recipe: Recipe) -> bool:
-    """Whether the recipe's folder holds the study that the recipe describes."""
-    path = Path(recipe.output_dir) / "manifest.json"
-    if not path.exists():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8"))["identity"] == recipe.identity())
-
-
 def read_manifest(folder: Path) -> Json | None:
     """manifest.json of a study's folder; None for a folder that is new or empty.
 
-    Raises `BadInput` for a folder that holds something else, or cannot be written.
+    Raises `BadInput` for a folder that holds something else.
     """
-    path = folder / "manifest.json"
-    if path.exists():
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
-        return manifest
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BadInput([f"output_dir: {folder} cannot be written: {error.strerror}."]) from error
-    unknown = sorted(path.name for path in folder.iterdir() if path.name not in OWN_NAMES)
+    path = folder / MANIFEST
+    if path.is_file():
+        return _parsed_manifest(path)
+    found = folder.iterdir() if folder.is_dir() else ()
+    unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
     if unknown:
         raise BadInput(
             [
@@ -398,21 +445,63 @@ def read_manifest(folder: Path) -> Json | None:
     return None
 
 
-OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
+def _parsed_manifest(path: Path) -> Json:
+    try:
+        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] == SCHEMA and {"identity", "recipe", "facts"} <= manifest.keys():
+            return manifest
+        why = "was written by another version of slimtune"
+    except (OSError, ValueError, TypeError, KeyError):
+        why = "is damaged, or is no study's"
+    raise BadInput([f"output_dir: {path} {why}; choose another folder."])
+
+
+def facts_on_disk(recipe: Recipe) -> Json | None:
+    """What the study that the recipe describes learnt about its data and models, if it was begun."""
+    try:
+        manifest = read_manifest(Path(recipe.output_dir))
+    except BadInput:
+        return None
+    begun = manifest is not None and manifest["identity"] == recipe.identity()
+    return manifest["facts"] if manifest and begun else None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `BadInput` unless files can be made in a folder, or in what there is above it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        why = f"{there} is a file" if there.is_file() else error.strerror
+        raise BadInput([f"output_dir: {folder} cannot be written: {why}."]) from error
 
 
 def refuse_other_study(folder: Path, there: Json, asked: Json) -> None:
     """Raise `BadInput` naming what differs, if the folder's study is not the recipe's."""
-    differing = [key for key in asked if there.get(key) != asked[key]]
+    differing = list(_differences(there, asked))
     if differing:
         raise BadInput(
             [
-                f"output_dir: {folder} holds a study with another `{key}`:"
-                f" {json.dumps(there.get(key))[:200]} there, {json.dumps(asked[key])[:200]} here;"
-                " choose another output_dir or the recipe of that study."
-                for key in differing
+                f"output_dir: {folder} holds a study with another `{path}`: {_shown(old)} there,"
+                f" {_shown(new)} here; choose another output_dir or the recipe of that study."
+                for path, old, new in differing
             ]
         )
+
+
+def _differences(there: Any, asked: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested values differ, as (path, one, other)."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in {**asked, **there}:
+            yield from _differences(there.get(key), asked.get(key), f"{path}.{key}".lstrip("."))
+    elif there != asked:
+        yield path, there, asked
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def package_files() -> Json:

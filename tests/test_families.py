@@ -23,10 +23,16 @@ TOKENIZERS = {
     "roberta": lambda: tiny_tokenizers.byte_level_bpe(roberta=True),
     "gpt2": tiny_tokenizers.byte_level_bpe,
     "llama": tiny_tokenizers.sentencepiece_bpe,  # grouped-query, tied embeddings
+    "t5": tiny_tokenizers.unigram,
 }
 DECODERS = ("gpt2", "llama")
+QUALITY = {
+    "gpt2": "perplexity",
+    "llama": "perplexity",
+    "t5": {"name": "token_accuracy", "direction": "max"},
+}
 CASES = [("onnxruntime", "bert"), ("onnxruntime", "llama"), ("torch", "distilbert")]
-SLOW = [("onnxruntime", family) for family in ("roberta", "distilbert", "gpt2")]
+SLOW = [("onnxruntime", family) for family in ("roberta", "distilbert", "gpt2", "t5")]
 SLOW += [("torch", "gpt2")]
 HALF = {"method": "structured", "heads": 0.5, "neurons": 0.5, "num_batches": 1}
 
@@ -39,21 +45,26 @@ def save_model(family: str, folder: Path) -> Path:
     return folder
 
 
+def task_of(family: str, folder: Path) -> dict[str, Any]:
+    if family == "t5":
+        return {"name": "tiny_seq2seq:Reversal", "sentences": tiny_tokenizers.TEXTS[:4]}
+    if family in DECODERS:
+        data = folder / "text.txt"
+        data.write_text("\n".join(tiny_tokenizers.TEXTS * 4) + "\n")
+        return {"name": "causal_lm", "data": str(data), "block_size": 16}
+    data = tiny_study.write_sentences(folder / "data.csv", rows=120)
+    return {"name": "text_classification", "data": str(data), "max_length": 24}
+
+
 def tiny_bench(family: str, folder: Path, *, runtime: str) -> Bench:
-    data = folder / "text.txt"
-    data.write_text("\n".join(tiny_tokenizers.TEXTS * 4) + "\n")
-    task: dict[str, Any] = {"name": "causal_lm", "data": str(data), "block_size": 16}
-    if family not in DECODERS:
-        csv = tiny_study.write_sentences(folder / "data.csv", rows=120)
-        task = {"name": "text_classification", "data": str(csv), "max_length": 24}
-    quality = "perplexity" if family in DECODERS else "accuracy"
     recipe = make_recipe(
         {
             "output_dir": str(folder / "study"),
             "model": {"id": family, "name": str(save_model(family, folder / "model"))},
-            "task": task,
+            "task": task_of(family, folder),
+            "allow_code": True,
             "target": {"runtime": runtime, "prompt_tokens": 8, "new_tokens": 4},
-            "objectives": [quality, "size_mb"],
+            "objectives": [QUALITY.get(family, "accuracy"), "size_mb"],
             "baseline": {"finetune": {"max_steps": 2, "learning_rate": 1e-3}},
             "measure": {"max_seconds": 0.1, "num_inputs": 2, "num_check_inputs": 16},
         }
@@ -62,12 +73,12 @@ def tiny_bench(family: str, folder: Path, *, runtime: str) -> Bench:
 
 
 def trial(bench: Bench) -> TrialResult:
-    """Half of the heads and neurons, and two steps through the rounding of the runtime."""
+    """Half of the heads and neurons, and two steps through the runtime's rounding, with a teacher."""
     config = bench.recipe.trial_config(
         model=bench.recipe.models[0].id,
         prune=HALF,
         quantize={"scheme": "W8A8", "qat": True, "embeddings": True},
-        finetune={"max_steps": 2, "learning_rate": 1e-3},
+        finetune={"max_steps": 2, "learning_rate": 1e-3, "distillation": {}},
     )
     return run_trial(config, bench, lambda stage: None)
 
@@ -91,6 +102,8 @@ def test_a_family_is_compressed_and_served(runtime: str, family: str, tmp_path: 
     assert metrics["size_mb"] < 0.7 * dense["size_mb"]
 
     folder = bench.folder / "trials" / result.trial_id / "artifact"
+    card = (folder / "README.md").read_text()
+    assert ("load.py" in card) == (folder / "load.py").exists()
     tested, sha256 = measure_test(folder, result.config, bench)
     assert tested.num_examples > 0 and tested.fingerprint == result.measurement.fingerprint
     assert sha256 != result.sha256 and verify(folder)["trial_id"] == result.trial_id

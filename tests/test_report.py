@@ -373,6 +373,26 @@ def test_a_configuration_is_one_line(made, words):
     assert wording.describe(made) == words
 
 
+def test_what_differs_in_the_same_words_is_said_besides():
+    made = [
+        config({"heads": 0.5, "importance": importance}, weight_decay=decay)
+        for importance in ("taylor", "magnitude")
+        for decay in (0.0, 0.1)
+    ]
+    shown = wording.telling_apart(made)
+    assert shown == ["finetune.weight_decay", "prune.0.importance"]
+    lines = [wording.describe(one, shown=shown) for one in made]
+    assert lines[1] == "heads 50%, 3 epochs, lr 5e−5, weight_decay 0.1, importance taylor"
+    assert len(set(lines)) == 4
+    assert wording.telling_apart([config(), config({"heads": 0.5})]) == []
+
+
+def test_several_base_models_are_always_named():
+    made = [config() | {"model": name} for name in ("small", "large")]
+    shown = wording.telling_apart(made)
+    assert wording.describe(made[0], shown=shown).startswith("small: dense, ")
+
+
 def test_a_default_configuration_can_be_described():
     assert wording.describe(TrialConfig(model="m").model_dump(mode="json")) == "dense"
 
@@ -381,6 +401,7 @@ def test_a_default_configuration_can_be_described():
     ("metric", "value", "dense", "words"),
     [
         ("size_mb", 15.0, 90.0, "6.0× smaller"),
+        ("size_mb", 88.0, 90.0, "like dense"),
         ("latency_ms", 10.0, 5.0, "2.0× slower"),
         ("accuracy", 0.874, 0.891, "−1.7 points"),
         ("accuracy", 0.891, 0.891, ""),
@@ -421,7 +442,20 @@ def test_the_table_shows_the_front_beside_dense():
     assert "heads 50%, neurons 50%, W8A8 QAT" in text
     assert "−1.7 points" in text and "4.7× faster" in text and "5.2× smaller" in text
     assert "0.854–0.894" in text and "0.868" in text
-    assert "accuracy within noise of 2" in text.replace("quality", "accuracy")
+    assert "· ≈ 2" in text and "≈ accuracy within noise of these points" in text
+
+
+def test_a_narrow_table_leaves_out_intervals_and_cuts_nothing_off():
+    text = printed(front_table(made_up_front(), width=80), width=80)
+    assert "0.854–0.894" not in text and "4.7× faster" in text and "on test" in text
+    assert "0.868" in text
+
+
+def test_chosen_points_keep_the_numbers_of_the_front():
+    front = made_up_front()
+    text = printed(front_table(front, chosen=front["points"][2:3]))
+    assert "made-up: 1 of the 6 on the front" in text
+    assert re.search(r"^ +3 ", text, re.M) and not re.search(r"^ +2 ", text, re.M)
 
 
 def test_the_table_survives_markup_and_missing_numbers():
@@ -434,12 +468,14 @@ def test_the_table_survives_markup_and_missing_numbers():
 
 def test_a_measurement_is_a_table():
     measured = {
-        "trial_id": "ab",
+        "trial_id": "ab" * 8,
+        "config": config({"heads": 0.5}, "W8A8"),
         "metrics": {"latency_ms": 2.5},
         "intervals": {"latency_ms": (2.4, 2.6)},
         "notes": ("a note",),
     }
     text = printed(measurement_table(measured))
+    assert "abababab: heads 50%, W8A8 QAT" in text
     assert "latency (ms)" in text and "2.40–2.60" in text and "a note" in text
 
 
@@ -479,12 +515,11 @@ def test_progress_in_a_file_is_two_plain_lines_a_trial():
     lines = console.file.getvalue().splitlines()
     assert lines[:4] == [
         "[0/3] dense baseline m",
-        "[0/3] → accuracy 0.900 · size (MB) 100 · 0 s",
+        "[0/3] → accuracy 0.900 · size 100 MB · 0 s",
         "[1/3] heads 50%",
-        "[1/3] → accuracy 0.800 (−10.0 points) · size (MB) 50.0 (2.0× smaller) · 0 s",
+        "[1/3] → accuracy 0.800 (−10.0 points) · size 50.0 MB (2.0× smaller) · 0 s",
     ]
-    assert lines[5] == "[2/3] → failed (oom): asked for [9] GB · 0 s"
-    assert lines[-1] == "2 completed, 1 failed (oom) in 0 s"
+    assert lines[4:] == ["[2/3] heads 75%", "[2/3] → failed (oom): asked for [9] GB · 0 s"]
 
 
 def test_progress_on_a_terminal_says_what_runs_and_the_best_so_far():
@@ -492,16 +527,52 @@ def test_progress_on_a_terminal_says_what_runs_and_the_best_so_far():
     watch(console)
     text = console.file.getvalue()
     assert "▸ heads 75%" in text
-    assert "best so far: accuracy 0.900 · size (MB) 50.0 · 2 on the front" in text
+    assert "best so far: accuracy 0.900 · size 50.0 MB · 2 on the front" in text
     assert "left" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_progress_on_a_narrow_terminal_breaks_lines_between_words():
+    console = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None)
+    watch(console)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", console.file.getvalue())
+    lines = [line.rstrip() for line in text.splitlines()]
+    place = next(i for i, line in enumerate(lines) if line.endswith("[1/3] heads 50%"))
+    assert lines[place + 1 : place + 3] == [
+        "      accuracy 0.800 (−10.0 points) ·",
+        "      size 50.0 MB (2.0× smaller) · 0 s",
+    ]
+
+
+def test_what_earlier_runs_found_counts_among_the_best():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    with Progress(OBJECTIVES, console=console) as progress:
+        progress.phase("reading data and models")
+        progress.trial_reused(result(0.9, 100.0))
+        progress.trial_started(2, 3, "heads 50%")
+        progress.trial_finished(result(0.8, 50.0, seed=1))
+    text = console.file.getvalue()
+    assert "▸ reading data and models" in text
+    assert "size 50.0 MB (2.0× smaller)" in text
+    assert "best so far: accuracy 0.900 · size 50.0 MB · 2 on the front" in text
+
+
+def test_notes_on_the_data_are_printed():
+    console = Console(file=io.StringIO(), width=30)
+    with Progress(OBJECTIVES, console=console) as progress:
+        progress.note("3 rows of train are in validation or test too: dropped")
+    expected = "note: 3 rows of train are in validation or test too: dropped\n"
+    assert console.file.getvalue() == expected
 
 
 def test_progress_does_not_hide_what_stopped_the_study():
     console = Console(file=io.StringIO(), width=100)
     with pytest.raises(KeyboardInterrupt), Progress(OBJECTIVES, console=console) as progress:
-        progress.trial_started(1, None, "heads 50%")
+        progress.trial_finished(result(0.9))
+        progress.trial_started(1, 3, "heads 50%")
         raise KeyboardInterrupt
-    assert "[1/?] heads 50%" in console.file.getvalue()
+    assert "[1/3] heads 50%" in console.file.getvalue()
+    assert console.file.getvalue().endswith("1 completed in 0 s\n")
 
 
 def test_importing_the_report_needs_no_template_engine():

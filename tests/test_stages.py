@@ -63,3 +63,15 @@ def test_an_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -
     write_atomically(path, "2")
     assert path.read_text() == "2"
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
+
+
+def test_two_workers_that_make_the_same_do_not_disturb_each_other(tmp_path: Path) -> None:
+    stages, calls = Stages(tmp_path), []
+
+    def build(folder: Path) -> None:
+        Stages(tmp_path).once("dense", {"seed": 0}, counted(calls), version=1)  # another is faster
+        counted(calls)(folder)
+
+    folder = stages.once("dense", {"seed": 0}, build, version=1)
+    assert len(calls) == 2 and (folder / "model.txt").read_text() == "weights"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from orchestrator import hub
 from orchestrator.tasks import TASKS, Record, Task
 from orchestrator.tasks.causal_lm import CausalLm
 from orchestrator.tasks.data import read_table
@@ -335,6 +336,12 @@ def test_all_problems_of_the_data_come_at_once(tmp_path):
         ("text\tlabel\na\tx\nb\ty\n", {"label_map": {"x": "X"}}, "no name for the label `y`"),
         ("text\tlabel\na\tx\nb\tx\n", {"label_map": {"x": "X", "z": "Z"}}, "names `z`, which"),
         ("a text\tx\nanother\ty\n", {}, "task.columns"),
+        ("text\tlabel\na\tx\n", {"columns": ("text", "label")}, "names its columns; leave them out"),
+        (
+            "text\tlabel\n" + "".join(f"t{n}\t{n % 2}\n" for n in range(30)),
+            {"text_column": "label", "label_column": "text"},
+            "`text` has 30 distinct values in the 30 rows",
+        ),
         (
             "text\tlabel\n" + "".join(f"t{n}\t{n % 2}\n" for n in range(30)),
             {"class_weights": (1.0, 1.0, 1.0)},
@@ -353,7 +360,16 @@ def test_a_label_that_train_never_shows_is_refused(tmp_path):
     write_reviews(tmp_path)
     (tmp_path / "test.tsv").write_text("text\tlabel\nnew\t7\nold\t7\n")
     found = problems_of(data=str(tmp_path), train="reviews.tsv", test="test.tsv")
-    assert found == ["test has 2 rows of the label `7`, which train does not have. Choices: 0, 1."]
+    told = "test has the label `7` in 2 of 2 rows, which train does not have. Choices: 0, 1."
+    assert found == [told]
+
+
+def test_many_alike_problems_are_not_all_listed(tmp_path):
+    write_reviews(tmp_path)
+    rows = "".join(f"t{n}\tlabel {n % 9}\n" for n in range(40))
+    (tmp_path / "test.tsv").write_text(f"text\tlabel\n{rows}")
+    found = problems_of(data=str(tmp_path), train="reviews.tsv", test="test.tsv")
+    assert len(found) == 6 and found[-1] == "… and 4 more like the last."
 
 
 def test_one_file_cannot_be_two_splits(tmp_path):
@@ -390,6 +406,7 @@ def test_hub_data_give_class_names_and_hide_no_labels(tmp_path, monkeypatch):
         rows = {"sentence": sentences(30, seed=len(split)), "label": labels}
         return datasets.Dataset.from_dict(rows, features=features)
 
+    monkeypatch.setattr(hub, "is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     options = {"data": "owner/reviews", "text_column": "sentence", "validation": "validation"}
     assert TextClassification(**options).load()["test"].label_names == ("neg", "pos")
@@ -406,7 +423,10 @@ def test_data_that_are_nowhere_are_refused(monkeypatch):
         raise ConnectionError("Couldn't reach 'no/such' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert "neither here nor can it be had" in problems_of(data="no/such")[0]
+    for reachable, why in ((True, "the hub does not give it"), (False, "cannot be reached")):
+        monkeypatch.setattr(hub, "is_reachable", lambda reachable=reachable: reachable)
+        (problem,) = problems_of(data="no/such")
+        assert "is no file or folder here" in problem and why in problem
     assert problems_of(data="no/such.csv") == ["task.data: there is no file or folder no/such.csv."]
     with pytest.raises(BadInput, match="no file or folder"):
         CausalLm(data="./nothing").load()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from orchestrator.report import wording
 from orchestrator.stages import write_atomically
 
 Json = dict[str, Any]
+Describe = Callable[[Json], str]
 HERE = Path(__file__).parent
 SHAPES = {"baseline": "diamond", "dense int8": "triangle", "random twin": "cross"}
 
@@ -42,9 +44,10 @@ def render(front: Json, manifest: Json, *, name: str = "study") -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
-    environment.globals |= {"wording": wording, "link": _link}
     front = _finite(front)
-    shown = _shown(front)
+    describe = _describer(front)
+    environment.globals |= {"wording": wording, "link": _link, "describe": describe}
+    shown = _shown(front, describe)
     return environment.get_template("page.html").render(
         name=front.get("study", name),
         front=front,
@@ -56,13 +59,20 @@ def render(front: Json, manifest: Json, *, name: str = "study") -> str:
         groups=_groups(shown),
         headlines=_headlines(front),
         trials=front.get("all_trials", []),
-        chart=_chart(front, shown),
+        chart=_chart(front, shown, describe),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )
 
 
-def _shown(front: Json) -> list[Json]:
+def _describer(front: Json) -> Describe:
+    """What says a configuration in a line that no other on the page has."""
+    groups = ("points", "references", "over_limit", "dominated", "all_trials")
+    configs = (trial["config"] for group in groups for trial in front.get(group, []))
+    return partial(wording.describe, shown=wording.telling_apart(configs))
+
+
+def _shown(front: Json, describe: Describe) -> list[Json]:
     """Every measured point once, with its group, its number on the front and what the role is."""
     groups = [
         (name, front.get(name, [])) for name in ("points", "references", "over_limit", "dominated")
@@ -81,15 +91,17 @@ def _shown(front: Json) -> list[Json]:
         point["reference"] = role != "trial"
         point["over_limit"] = point["trial_id"] in over
         point["close"] = [f"#{numbers[i]}" for i in point["within_noise_of"] if i in numbers]
-        point["title"] = _title(point, several=several)
+        point["title"] = _title(point, describe, several=several)
     return list(found.values())
 
 
-def _title(point: Json, *, several: bool) -> str:
+def _title(point: Json, describe: Describe, *, several: bool) -> str:
     """What a point is called: its role if it is a reference, with the base model if there are several."""
     role = point.get("role", "trial")
-    known = {"trial": wording.describe(point["config"]), "baseline": "dense"}
-    return str(known.get(role, role)) + (f" · {point['config']['model']}" if several else "")
+    if role == "trial":
+        return describe(point["config"])
+    name = "dense" if role == "baseline" else role
+    return f"{name} · {point['config']['model']}" if several else str(name)
 
 
 def _groups(shown: Sequence[Json]) -> list[tuple[str, str, str, list[Json]]]:
@@ -125,7 +137,7 @@ def _headlines(front: Json) -> list[tuple[str, str]]:
     return tiles
 
 
-def _chart(front: Json, shown: Sequence[Json]) -> Json:
+def _chart(front: Json, shown: Sequence[Json], describe: Describe) -> Json:
     """What the script draws from."""
     objectives = front["objectives"]
     quality = front.get("quality", objectives[0]["name"])
@@ -137,11 +149,11 @@ def _chart(front: Json, shown: Sequence[Json]) -> Json:
         "objectives": objectives,
         "limits": front.get("limits") or [o for o in objectives if "max" in o or "min" in o],
         "axes": {"x": costs[0], "y": quality, "color": costs[1] if len(costs) > 1 else ""},
-        "points": [_mark(point, front["baseline"]["metrics"]) for point in shown],
+        "points": [_mark(point, front["baseline"]["metrics"], describe) for point in shown],
     }
 
 
-def _mark(point: Json, dense: Mapping[str, float]) -> Json:
+def _mark(point: Json, dense: Mapping[str, float], describe: Describe) -> Json:
     """One point of the picture with the words of its tooltip."""
     role = point.get("role", "trial")
     words = {
@@ -156,7 +168,7 @@ def _mark(point: Json, dense: Mapping[str, float]) -> Json:
         "id": point["trial_id"],
         "number": point["number"],
         "title": point["title"],
-        "config": wording.describe(point["config"]),
+        "config": describe(point["config"]),
         "reference": point["reference"],
         "over": point["over_limit"],
         "shape": SHAPES.get(role, "circle" if role == "trial" else "square"),

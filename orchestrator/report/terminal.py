@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,60 +22,84 @@ from orchestrator.report import wording
 from orchestrator.trial import TrialResult, TrialStatus
 
 Json = Mapping[str, Any]
+NOISE = "≈"
+NAMES_WIDTH, INTERVAL_WIDTH = 30, 14  # characters; of what is not a number, and of an interval
 
 
-def front_table(front: Json) -> Table:
-    """The front beside the dense model: objectives with intervals, size and speed against dense."""
+def front_table(
+    front: Json, *, chosen: Sequence[Json] | None = None, width: int | None = None
+) -> Table:
+    """The front, or the chosen points of it, beside the dense model; points keep their numbers.
+
+    In a terminal whose `width` in characters has no room for them, intervals are left out.
+    """
     objectives = [objective["name"] for objective in front["objectives"]]
-    quality = front.get("quality", objectives[0])
-    served = wording.target(front["target"])
-    title = (
-        f"{front.get('study', 'front')}: {len(front['points'])} on the front, served by {served}"
-    )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    points = front["points"] if chosen is None else chosen
+    wide = width is None or width >= NAMES_WIDTH + INTERVAL_WIDTH * (len(objectives) + 1)
+    table = _table(_front_title(front, points))
     table.add_column("", justify="right")
     table.add_column("configuration", min_width=18)
     for name in objectives:
         table.add_column(wording.label(name), justify="right")
     table.add_column("on test", justify="right")
-    numbers = {point["trial_id"]: i for i, point in enumerate(front["points"], start=1)}
-    rows = [] if front["baseline"]["trial_id"] in numbers else [front["baseline"]]
-    for point in [*rows, *front["points"]]:
-        table.add_row(*_front_row(point, numbers, objectives, quality, front["baseline"]))
+    for cells in _front_rows(front, points, objectives, intervals=wide):
+        table.add_row(*cells)
+    if any(point["within_noise_of"] for point in points):
+        quality = front.get("quality", objectives[0])
+        table.caption = f"{NOISE} {wording.label(quality)} within noise of these points"
     return table
 
 
-def _front_row(
-    point: Json, numbers: Mapping[str, int], objectives: Sequence[str], quality: str, dense: Json
-) -> list[Text]:
-    name = wording.describe(point["config"])
-    told = Text.assemble(name, "\n", (_footnote(point, numbers), "dim"))
-    cells = [Text(str(numbers.get(point["trial_id"], ""))), told]
-    for metric in objectives:
-        versus = wording.versus_dense(metric, point["metrics"], dense["metrics"])
-        cells.append(_cell(metric, point["metrics"], point["intervals"], versus))
-    cells.append(_cell(quality, point["test"] or {}, point.get("test_intervals") or {}, ""))
-    return cells
+def _table(title: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.caption_justify = "left"
+    return table
+
+
+def _front_title(front: Json, points: Sequence[Json]) -> str:
+    count, served = len(front["points"]), wording.target(front["target"])
+    told = f"{count}" if len(points) == count else f"{len(points)} of the {count}"
+    return f"{front.get('study', 'front')}: {told} on the front, served by {served}"
+
+
+def _front_rows(
+    front: Json, points: Sequence[Json], objectives: Sequence[str], *, intervals: bool
+) -> Iterator[list[Text]]:
+    dense, quality = front["baseline"], front.get("quality", objectives[0])
+    numbers = {point["trial_id"]: i for i, point in enumerate(front["points"], start=1)}
+    first = [] if dense["trial_id"] in numbers else [dense]
+    shown = wording.telling_apart(point["config"] for point in [*first, *front["points"]])
+    for point in [*first, *points]:
+        name = wording.describe(point["config"], shown=shown)
+        cells = [Text(str(numbers.get(point["trial_id"], "")))]
+        cells.append(Text.assemble(name, "\n", (_footnote(point, numbers), "dim")))
+        metrics, test = point["metrics"], point["test"] or {}
+        for metric in objectives:
+            versus = wording.versus_dense(metric, metrics, dense["metrics"])
+            pair = point["intervals"].get(metric) if intervals else None
+            cells.append(_cell(metric, metrics.get(metric), versus, pair))
+        pair = (point.get("test_intervals") or {}).get(quality) if intervals else None
+        cells.append(_cell(quality, test.get(quality), "", pair))
+        yield cells
 
 
 def _footnote(point: Json, numbers: Mapping[str, int]) -> str:
     close = sorted(numbers[other] for other in point["within_noise_of"] if other in numbers)
-    noise = f" · quality within noise of {', '.join(map(str, close))}" if close else ""
+    noise = f" · {NOISE} {', '.join(map(str, close))}" if close else ""
     role = "" if point.get("role", "trial") == "trial" else f" · {point['role']}"
     return f"{point['trial_id'][:8]}{role}{noise}"
 
 
-def _cell(metric: str, metrics: Json, intervals: Json, versus: str) -> Text:
-    text = Text(wording.number(metric, metrics.get(metric)))
-    notes = [versus, wording.interval(metric, intervals.get(metric))]
-    for note in filter(None, notes):
+def _cell(metric: str, value: float | None, versus: str, interval: Sequence[float] | None) -> Text:
+    text = Text(wording.number(metric, value))
+    for note in filter(None, [versus, wording.interval(metric, interval)]):
         text.append(f"\n{note}", style="dim")
     return text
 
 
 def measurement_table(measured: Json) -> Table:
     """Every metric of one measurement with its interval."""
-    table = Table(title=measured["trial_id"], title_justify="left", box=SIMPLE_HEAD)
+    table = _table(f"{measured['trial_id'][:8]}: {wording.describe(measured['config'])}")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
@@ -97,10 +121,11 @@ class Progress:
         self.objectives = objectives
         self.console = console or Console()
         self.results: list[TrialResult] = []
-        self._number, self._text, self._stage = 0, "", ""
-        self._total: int | None = None
+        self._known: list[TrialResult] = []  # from earlier runs
+        self._number, self._total, self._in_trial = 0, 0, False
+        self._text, self._stage = "", ""
         self._dense: Mapping[str, float] = {}
-        self._began = self._trial_began = time.monotonic()
+        self._began = self._since = time.monotonic()
         self._live: Live | None = None
         self._done = threading.Event()
 
@@ -126,15 +151,24 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self.results:
+        if isinstance(error, KeyboardInterrupt) and self.results:
             self.console.print(self.summary(), highlight=False)
 
-    def trial_started(self, number: int, total: int | None, text: str) -> None:
-        """Trial `number` of `total` begins; 0 is the dense baseline, `total` None is unknown."""
-        self._number, self._total, self._text, self._stage = number, total, text, ""
-        self._trial_began = time.monotonic()
+    def phase(self, text: str) -> None:
+        """Work that belongs to no trial begins."""
+        self._in_trial = False
+        self._begin(text)
+
+    def note(self, text: str) -> None:
+        """Something that a reader of the numbers must know."""
+        self._print(Text.assemble(("note: ", "yellow"), text))
+
+    def trial_started(self, number: int, total: int, text: str) -> None:
+        """Trial `number` of `total` begins; 0 is the dense baseline."""
+        self._number, self._total, self._in_trial = number, total, True
+        self._begin(text)
         if self._live is None:
-            self._say(Text(f"{self._counter()} {text}"))
+            self._print(Text(f"{self._counter()} {text}"))
 
     def stage(self, text: str) -> None:
         """A stage of the running trial begins."""
@@ -144,12 +178,21 @@ class Progress:
     def trial_finished(self, result: TrialResult) -> None:
         """What became of the running trial."""
         self.results.append(result)
-        if self._number == 0 and result.measurement is not None:
-            self._dense = result.measurement.metrics
-        took = wording.duration(time.monotonic() - self._trial_began)
-        name = f" {self._text}" if self._live is not None else ""
-        line = Text.assemble((self._counter(), "bold"), name, " → ", self._outcome(result))
-        self._say(line.append(f" · {took}", style="dim"))
+        self._learn_dense(result)
+        took = wording.duration(time.monotonic() - self._since)
+        outcome = self._outcome(result).append(f" · {took}", style="dim")
+        if self._live is None:
+            self._print(Text.assemble(self._counter(), " → ", outcome))
+        else:
+            line = Table.grid(padding=(0, 1))
+            line.add_row(Text(self._counter(), style="bold"), Group(Text(self._text), outcome))
+            self.console.print(line)
+        self._refresh()
+
+    def trial_reused(self, result: TrialResult) -> None:
+        """A trial that an earlier run has finished."""
+        self._known.append(result)
+        self._learn_dense(result)
 
     def summary(self) -> str:
         """How many trials ended in which way, and in what time."""
@@ -160,10 +203,23 @@ class Progress:
             for result in self.results
         )
         told = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        return f"{told or 'nothing'} in {wording.duration(time.monotonic() - self._began)}"
+        return f"{told or 'nothing'} in {self.elapsed}"
 
-    def _say(self, line: Text) -> None:
-        self.console.print(line, soft_wrap=True)
+    @property
+    def elapsed(self) -> str:
+        """The time since the start, in words."""
+        return wording.duration(time.monotonic() - self._began)
+
+    def _learn_dense(self, result: TrialResult) -> None:
+        if not self._dense and result.measurement is not None:  # the baseline comes first
+            self._dense = result.measurement.metrics
+
+    def _begin(self, text: str) -> None:
+        self._text, self._stage, self._since = text, "", time.monotonic()
+        self._refresh()
+
+    def _print(self, line: Text) -> None:
+        self.console.print(line, soft_wrap=self._live is None)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -177,7 +233,7 @@ class Progress:
                 self._refresh()
 
     def _counter(self) -> str:
-        return f"[{self._number}/{self._total or '?'}]"
+        return f"[{self._number}/{self._total}]"
 
     def _outcome(self, result: TrialResult) -> Text:
         if result.measurement is None:
@@ -190,36 +246,40 @@ class Progress:
         told = []
         for name in (objective.name for objective in self.objectives):
             versus = wording.versus_dense(name, metrics, self._dense)
-            value = f"{wording.label(name)} {wording.number(name, metrics.get(name))}"
+            value = wording.with_unit(name, metrics.get(name))
             told.append(f"{value} ({versus})" if versus else value)
         return told
 
     def _best(self) -> str:
         """The front's size and the best value of each objective."""
-        metrics = [r.measurement.metrics for r in self.results if r.measurement is not None]
+        found = [*self._known, *self.results]
+        metrics = [r.measurement.metrics for r in found if r.measurement is not None]
         points = pareto.normalise(metrics, self.objectives)
         front = pareto.front(points)
         if not len(front):
-            return "no result yet"
-        found = []
+            return ""
+        told = []
         for column, objective in enumerate(self.objectives):
             value = abs(float(points[front, column].min()))
-            found.append(f"{wording.label(objective.name)} {wording.number(objective.name, value)}")
-        return f"best so far: {' · '.join(found)} · {len(front)} on the front"
+            told.append(wording.with_unit(objective.name, value))
+        return f"best so far: {' · '.join(told)} · {len(front)} on the front"
 
     def _left(self) -> str:
-        gone = wording.duration(time.monotonic() - self._began)
-        finished = max(len(self.results), 1)
-        if self._total is None or not self.results:
-            return f"{gone} gone"
-        left = (self._total - self._number + 1) * (time.monotonic() - self._began) / finished
-        return f"{gone} gone, about {wording.duration(max(left, 0))} left"
+        if not self.results:
+            return f"{self.elapsed} gone"
+        each = (self._since - self._began) / len(self.results)
+        left = max((self._total - self._number + 1) * each - (time.monotonic() - self._since), 0)
+        return f"{self.elapsed} gone, about {wording.duration(left)} left"
 
     def _picture(self) -> RenderableType:
-        share = max(self._number - 1, 0) / self._total if self._total else None
-        head = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=1.0, completed=share or 0.0, width=28, pulse=share is None)
-        head.add_row(Text(self._counter(), style="bold"), bar, Text(self._left(), style="dim"))
-        seconds = wording.duration(time.monotonic() - self._trial_began)
-        running = Text.assemble("▸ ", self._text, (f"  {self._stage} · {seconds}", "dim"))
-        return Group(head, running, Text(self._best(), style="dim"))
+        seconds = wording.duration(time.monotonic() - self._since)
+        doing = " · ".join(filter(None, [self._stage, seconds]))
+        lines: list[RenderableType] = [Text.assemble("▸ ", self._text, (f"  {doing}", "dim"))]
+        if self._in_trial:
+            bar = ProgressBar(total=self._total, completed=max(self._number - 1, 0), width=28)
+            head = Table.grid(padding=(0, 1))
+            head.add_row(Text(self._counter(), style="bold"), bar, Text(self._left(), style="dim"))
+            lines.insert(0, head)
+        if best := self._best():
+            lines.append(Text(best, style="dim"))
+        return Group(*lines)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from orchestrator.metrics import SHARES
 
 UNITS = {"ms": "ms", "mb": "MB", "s": "s"}
 LABELS = {
@@ -20,8 +22,8 @@ LABELS = {
     "tpot_ms": "time per token (ms)",
     "ttft_ms": "time to first token (ms)",
 }
-SHARES = frozenset({"accuracy", "worst_class_accuracy", "f1", "agreement", "sparsity"})
 COUNTS = frozenset({"macs", "num_params"})
+LIKE_DENSE = 1.05  # times
 NOTHING = "–"
 MINUS = "−"
 
@@ -49,13 +51,19 @@ def number(metric: str, value: float | None) -> str:
     return _three_digits(value)
 
 
+def with_unit(metric: str, value: float | None) -> str:
+    """A metric and its value in running text: "latency 5.38 ms"."""
+    named, its_unit = label(metric), unit(metric)
+    return f"{named.removesuffix(f' ({its_unit})')} {number(metric, value)} {its_unit}".rstrip()
+
+
 def interval(metric: str, pair: Sequence[float] | None) -> str:
     """A 95 % interval as "0.86–0.90", "" where there is none."""
     return f"{number(metric, pair[0])}–{number(metric, pair[1])}" if pair else ""
 
 
 def compare(metric: str, value: float | None, dense: float | None) -> str:
-    """A value beside the dense model's: "3.9× smaller", "−0.4 points"; "" for the same value."""
+    """A value beside the dense model's: "3.9× smaller", "−0.4 points", "" for the same value."""
     if value is None or dense is None or value == dense or metric == "speedup":
         return ""
     if metric in SHARES:
@@ -65,6 +73,8 @@ def compare(metric: str, value: float | None, dense: float | None) -> str:
             ("faster", "slower") if unit(metric) in ("ms", "s") else ("smaller", "larger")
         )
         times = dense / value if value < dense else value / dense
+        if times < LIKE_DENSE:
+            return "like dense"
         return f"{times:.1f}× {better if value < dense else worse}"
     if metric in COUNTS:
         return f"{100 * value / dense:.0f}% of dense" if dense else ""
@@ -102,15 +112,56 @@ def target(options: Mapping[str, Any]) -> str:
     )
 
 
-def describe(config: Mapping[str, Any]) -> str:
-    """One line for a TrialConfig in plain data: "heads 50%, neurons 50%, W8A8 QAT, 3 epochs"."""
+def describe(config: Mapping[str, Any], *, shown: Collection[str] = ()) -> str:
+    """One line for a TrialConfig in plain data: "heads 50%, neurons 50%, W8A8 QAT, 3 epochs".
+
+    `shown` are paths of options that are said with their values besides.
+    """
     parts = [words for method in config.get("prune", ()) for words in _pruning(method)]
     parts += _quantization(config.get("quantize", {}))
     compressed = bool(parts)
     parts += _training(config.get("finetune", {}))
     if config.get("seed"):
         parts.append(f"seed {config['seed']}")
-    return ", ".join(parts if compressed else ["dense", *parts])
+    model = f"{config['model']}: " if "model" in shown else ""
+    options = _flat({key: value for key, value in config.items() if key not in ("model", "seed")})
+    parts += [f"{_leaf(path)} {_short(options[path])}" for path in shown if path in options]
+    return model + ", ".join(parts if compressed else ["dense", *parts])
+
+
+def telling_apart(configs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Paths of the options in which configurations differ that `describe` says in the same words."""
+    models, alike = set(), dict[str, list[dict[str, Any]]]()
+    for config in configs:
+        models.add(config.get("model"))
+        alike.setdefault(describe(config), []).append(_flat(config))
+    differing = {
+        path
+        for first, *others in alike.values()
+        for other in others
+        for path in {*first, *other}
+        if first.get(path) != other.get(path)
+    }
+    return sorted(differing - {"model"} | ({"model"} if len(models) > 1 else set()))
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested plain data as {path: value}."""
+    if not isinstance(value, Mapping | list | tuple) or not value:
+        return {path: value}
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    found: dict[str, Any] = {}
+    for key, inner in pairs:
+        found |= _flat(inner, f"{path}.{key}".lstrip("."))
+    return found
+
+
+def _leaf(path: str) -> str:
+    return next(key for key in reversed(path.split(".")) if not key.isdecimal())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _pruning(options: Mapping[str, Any]) -> Iterator[str]:

@@ -208,17 +208,7 @@ def _export_into(folder: Path, exported: list[Part]) -> None:
 def _export(part: Part) -> ir.Model:
     """The graph of one part. Its weights become inputs before anything is folded or merged."""
     with _quiet():
-        program = torch.onnx.export(
-            part.module,
-            example(part, TRACED),
-            dynamo=True,
-            optimize=False,
-            opset_version=OPSET,
-            input_names=[port.name for port in part.inputs],
-            output_names=[port.name for port in part.outputs],
-            dynamic_shapes=_dynamic_shapes(part),
-            verbose=False,
-        )
+        program = _program(part)
         graph = program.model.graph
         for name in [n for n, _ in part.module.named_parameters() if n in graph.initializers]:
             value = graph.initializers.pop(name)
@@ -234,6 +224,25 @@ def _export(part: Part) -> ir.Model:
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
     return program.model
+
+
+def _program(part: Part) -> torch.onnx.ONNXProgram:
+    """What the exporter makes of a part. Raises RuntimeError with its reason in a line."""
+    try:
+        return torch.onnx.export(
+            part.module,
+            example(part, TRACED),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[port.name for port in part.inputs],
+            output_names=[port.name for port in part.outputs],
+            dynamic_shapes=_dynamic_shapes(part),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise RuntimeError(f"the exporter refuses {part.file}: {reason}") from error
 
 
 def _dynamic_shapes(part: Part) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from orchestrator.problems import raise_if
 from orchestrator.tasks import Encoded, Estimate, Kind, Record, Rows, Split
 from orchestrator.tasks.data import (
     TABLE_SUFFIXES,
@@ -23,7 +24,6 @@ from orchestrator.tasks.data import (
     is_local,
     local_path,
     missing_columns,
-    raise_if,
     read_splits,
     read_table,
     shared_sources,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,15 +18,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from orchestrator import hub
 from orchestrator.problems import nearest
 from orchestrator.tasks import Encoded, Split
 from orchestrator.trial import BadInput
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MAX_LISTED = 12  # files
+MAX_ALIKE = 5  # problems of one kind
 MAX_SHOWN = 40  # characters of a column's name
+MIN_ROWS = 10  # with fewer, all labels may well differ
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -86,28 +88,20 @@ def read_splits(
     return collect(paths, partial(read_table, columns=columns), problems)
 
 
-def collect(
-    sources: Mapping[Split, S], read: Callable[[S], T], problems: list[str]
-) -> dict[Split, T]:
+def collect(sources: Mapping[K, S], read: Callable[[S], T], problems: list[str]) -> dict[K, T]:
     """`read` applied to each source; the problems of those that fail join `problems`."""
-    found: dict[Split, T] = {}
-    for split, source in sources.items():
+    found: dict[K, T] = {}
+    for name, source in sources.items():
         try:
-            found[split] = read(source)
+            found[name] = read(source)
         except BadInput as error:
             problems += error.problems
     return found
 
 
-def raise_if(problems: list[str]) -> None:
-    """Raises `BadInput` if there are problems, each said once."""
-    if problems:
-        raise BadInput(list(dict.fromkeys(problems)))
-
-
 def is_local(data: str) -> bool:
     """Whether `data` is, or can only be meant as, a file or folder."""
-    looks_like_path = data.endswith((*TABLE_SUFFIXES, ".txt")) or not HUB_ID.fullmatch(data)
+    looks_like_path = data.endswith((*TABLE_SUFFIXES, ".txt")) or not hub.ID.fullmatch(data)
     return looks_like_path or Path(data).exists()
 
 
@@ -175,6 +169,23 @@ def empty_cells(table: Table, columns: Iterable[str]) -> list[str]:
     return problems
 
 
+def few(problems: list[str]) -> list[str]:
+    """The first problems of one kind, and how many more there are."""
+    more = len(problems) - MAX_ALIKE
+    return problems[:MAX_ALIKE] + ([f"… and {more} more like the last."] if more > 0 else [])
+
+
+def not_labels(table: Table, column: str) -> list[str]:
+    """A problem if most rows have a label of their own: it is then another column, or a number."""
+    kinds, rows = len(set(table.texts(column))), len(table.columns[column])
+    if rows < MIN_ROWS or 2 * kinds <= rows:
+        return []
+    return [
+        f"task.label_column: `{column}` has {kinds:,} distinct values in the {rows:,} rows of"
+        f" {table.name}, so it holds no classes; its columns are {', '.join(table.columns)}."
+    ]
+
+
 def pad(vectors: Sequence[np.ndarray], *, length: int, value: int) -> np.ndarray:
     """Integer vectors as one array [rows, length] of int64, filled up with `value`."""
     array = np.full((len(vectors), length), value, dtype=np.int64)
@@ -223,11 +234,15 @@ def _read_delimited(path: Path, columns: Sequence[str] | None) -> Table:
         except csv.Error as error:
             raise BadInput([f"{path} cannot be read: {error}."]) from error
     header = list(columns) if columns is not None else (rows.pop(0) if rows else [])
+    if rows and rows[0] == header:
+        raise BadInput(
+            [f"task.columns: the first row of {path} names its columns; leave them out."]
+        )
     odd = [number for number, row in enumerate(rows, 1) if len(row) != len(header)]
     if odd:
         raise BadInput(
             [
-                f"{path}: {len(odd)} rows do not have its {len(header)} columns"
+                f"{path}: {len(odd)} of {len(rows)} rows do not have its {len(header)} columns"
                 f" ({', '.join(header)}); the first is row {odd[0]} with {len(rows[odd[0] - 1])}."
             ]
         )
@@ -268,15 +283,14 @@ def _read_hub(data: str, data_config: str | None, split: str) -> Table:
     """A hub split; class labels come as their names, -1 (a hidden label) as no value."""
     import datasets
 
+    reachable = hub.is_reachable()
     try:
         rows = datasets.load_dataset(data, data_config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BadInput(
-            [
-                f"task.data: {data} ({split}) is neither here nor can it be had from the hub: {reason}."
-            ]
-        ) from error
+        why = f"the hub does not give it: {reason}" if reachable else "the hub cannot be reached"
+        problem = f"task.data: {data} ({split}) is no file or folder here, and {why}."
+        raise BadInput([problem]) from error
     columns: dict[str, list[Any]] = {name: list(rows[name]) for name in rows.column_names}
     for name, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):

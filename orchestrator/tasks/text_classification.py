@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
-from orchestrator.problems import nearest
+from orchestrator.problems import nearest, raise_if
 from orchestrator.tasks import Encoded, Estimate, Kind, Record, Rows, Split
 from orchestrator.tasks.data import (
     Table,
     cell_text,
     collate,
     empty_cells,
+    few,
     missing_columns,
-    raise_if,
+    not_labels,
     read_splits,
 )
 from orchestrator.tasks.statistics import (
@@ -105,7 +106,7 @@ class TextClassification(Frozen):
         for split, table in tables.items():
             needed = self._needed_columns()
             found = missing_columns(table, needed) or empty_cells(table, needed.values())
-            problems += found or self._map_problems(split, table)
+            problems += found or self._table_problems(split, table)
         raise_if(problems)
         parts = self._with_all_splits({s: self._labelled(s, t) for s, t in tables.items()})
         parts, notes = self._without_leaks(parts)
@@ -212,6 +213,11 @@ class TextClassification(Frozen):
     def _text_columns(self) -> list[str]:
         return [self.text_column] + ([self.text_pair_column] if self.text_pair_column else [])
 
+    def _table_problems(self, split: Split, table: Table) -> list[str]:
+        """What is wrong with the labels of one table."""
+        wrong = not_labels(table, self.label_column) if split == "train" else []
+        return wrong or self._map_problems(split, table)
+
     def _map_problems(self, split: Split, table: Table) -> list[str]:
         """Where `label_map` and the labels of a table do not match."""
         if self.label_map is None:
@@ -229,7 +235,7 @@ class TextClassification(Frozen):
                 for label in self.label_map
                 if label not in found
             ]
-        return problems
+        return few(problems)
 
     def _labelled(self, split: Split, table: Table) -> Labelled:
         labels = table.texts(self.label_column)
@@ -293,11 +299,14 @@ class TextClassification(Frozen):
             problems.append(f"train has {found}; a classifier needs at least two classes.")
         for split, part in parts.items():
             unknown = Counter(label for label in part.labels if label not in set(names))
-            problems += [
-                f"{split} has {count} rows of the label `{label}`, which train does not have"
-                f"{nearest(label, names)}"
-                for label, count in sorted(unknown.items())
-            ]
+            problems += few(
+                [
+                    f"{split} has the label `{label}` in {count} of {len(part.labels)} rows, which"
+                    " train does not have"
+                    f"{nearest(label, names)}"
+                    for label, count in sorted(unknown.items())
+                ]
+            )
         if isinstance(self.class_weights, tuple) and len(self.class_weights) != len(names):
             problems.append(
                 f"task.class_weights has {len(self.class_weights)} weights for {len(names)} classes"
