@@ -513,5 +513,5 @@ def package_files() -> Json:
 
 def installed_versions() -> dict[str, str]:
     """Versions of what a study's numbers depend on."""
-    names = ("torch", "transformers", "accelerate", "torchao", "onnxruntime", "numpy", "tokenizers")
+    names = ("torch", "transformers", "accelerate", "onnxruntime", "numpy", "tokenizers")
     return {name: version(name) for name in names}
