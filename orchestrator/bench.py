@@ -19,11 +19,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
+from orchestrator.base_model_checks import source_problems
 from orchestrator.dense import Dense, make_dense
 from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune, row_lengths
 from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.plugins import find
+from orchestrator.problems import raise_if
 from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
 from orchestrator.recipe import Recipe
@@ -31,6 +33,7 @@ from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.space import trains
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split, Task
+from orchestrator.tasks.data import collect
 from orchestrator.trial import BadInput, Infeasible, TrialConfig, content_hash
 
 MAX_ENCODED = 8  # splits and lessons that are kept as tokens, the last ones used
@@ -239,12 +242,21 @@ class Bench:
 
     # -- facts for the driver --------------------------------------------------------------------
 
-    def facts(self) -> dict[str, Any]:
-        """All that planning needs, as plain data. Raises `BadInput`."""
+    def facts(self, *, runs_here: bool = True) -> dict[str, Any]:
+        """All that planning needs, as plain data. Raises `BadInput` with every problem of the input.
+
+        Devices are checked if the study `runs_here`.
+        """
+        self._check_input(devices=runs_here)
+        problems: list[str] = []
+        models = {options.id: options.id for options in self.recipe.models}
+        described = collect(models, self._model_facts, problems)
+        raise_if(problems)
         env = environment()
         return {
-            "models": {options.id: self._model_facts(options.id) for options in self.recipe.models},
+            "models": described,
             "labels": self.labels,
+            "notes": [note for rows in self.rows.values() for note in rows.notes],
             "num_rows": {split: len(rows.ids) for split, rows in self.rows.items()},
             "data": self.data_key,
             "environment": env,
@@ -270,6 +282,26 @@ class Bench:
             "mean_length": float(row_lengths(train).mean()),
         }
 
+    def _check_input(self, *, devices: bool) -> None:
+        """Raise `BadInput` with the problems of devices, data and models together."""
+        problems = [p for options in self.recipe.models for p in source_problems(options)]
+        checks: dict[str, Callable[[], object]] = {"data": lambda: self.rows}
+        if devices:
+            checks["devices"] = self._check_devices
+        collect(checks, lambda check: check(), problems)
+        raise_if(problems)
+
+    def _check_devices(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+            why = str(error).splitlines()[0].rstrip(".")
+            raise BadInput([f"--device: torch cannot use {self.device} here: {why}."]) from error
+        try:
+            self.runtime.check(self.target)
+        except ValueError as error:
+            raise BadInput([f"{error}."]) from error
+
 
 def length_problems(task: Task, target: Target, positions: int | None) -> list[str]:
     """What a decoder would be asked that is longer than the positions it has learned."""
@@ -291,7 +323,7 @@ def main() -> None:
     recipe = Recipe.from_resolved(json.load(sys.stdin))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            answer = Bench(recipe, Path(folder), device="cpu").facts()
+            answer = Bench(recipe, Path(folder), device="cpu").facts(runs_here=False)
     except BadInput as error:
         answer = {"problems": error.problems}
     print(json.dumps(answer))

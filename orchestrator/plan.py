@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.facts import Json, facts_of
+from orchestrator.manifest import facts_on_disk
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers
 from orchestrator.report import wording
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, predict
-from orchestrator.study import facts_on_disk
 from orchestrator.trial import TrialConfig
 
 ASSUMED_MACS_PER_S = 5e10  # what a training step reaches on two cores, until a study measured it

@@ -10,9 +10,11 @@ from typing import Any
 
 from orchestrator.artifact import DESCRIPTION, verify
 from orchestrator.launch.inline import Inline
+from orchestrator.manifest import NAME as MANIFEST
+from orchestrator.manifest import read_manifest
 from orchestrator.recipe import Recipe
 from orchestrator.stages import write_atomically
-from orchestrator.study import MANIFEST, RESULT, read_manifest, read_result
+from orchestrator.study import RESULT, read_result
 from orchestrator.trial import BadInput, Measurement, TrialResult, TrialStatus
 
 

@@ -44,7 +44,8 @@ def first_layers(recipe: Recipe, model: str, signature: Signature) -> Iterator[R
         except Infeasible:
             continue
         if count < total and infeasible(config, signature, recipe) is None:
-            yield f"first {count} layers", config
+            name = "layer" if count == 1 else "layers"
+            yield f"first {count} {name}", config
 
 
 def random_twin(configs: Sequence[TrialConfig]) -> list[TrialConfig]:

@@ -7,38 +7,38 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from orchestrator import __version__, pareto
 from orchestrator import front as fronts
+from orchestrator import pareto
 from orchestrator.artifact import DamagedArtifact, read_predictions
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher
 from orchestrator.launch.inline import Inline
 from orchestrator.ledger import Ledger
+from orchestrator.manifest import (
+    check_writable,
+    read_manifest,
+    refuse_other_study,
+    write_manifest,
+)
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.report import wording, write_report
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, predict
-from orchestrator.stages import file_sha256, write_atomically
+from orchestrator.stages import write_atomically
 from orchestrator.trial import (
-    BadInput,
     Reason,
     TrialConfig,
     TrialResult,
     TrialStatus,
 )
 
-SCHEMA = 1
-MANIFEST, RESULT = "manifest.json", "measurement.json"
-OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
-MAX_SHOWN = 120  # characters of a value in a message
+RESULT = "measurement.json"
 TRIED_AGAIN = {Reason.OOM, Reason.TIMEOUT, Reason.ERROR}  # the others would end the same way
 
 
@@ -125,26 +125,14 @@ class Study:
         """Check or write the manifest, and learn the facts about data and models."""
         check_writable(self.folder)
         manifest = read_manifest(self.folder)
-        identity = self.recipe.identity()
         if manifest is not None:
-            refuse_other_study(self.folder, manifest["identity"], identity)
+            refuse_other_study(self.folder, manifest["identity"], self.recipe.identity())
         self.facts: Json = manifest["facts"] if manifest else self._learn_facts()
         self.recipe.check_facts(self.facts)
         self.ledger = Ledger(self.folder / "ledger", self.recipe.name)
         if manifest is None:
             write_atomically(self.folder / "recipe.yaml", self.recipe.source)
-        manifest = {
-            "schema": SCHEMA,
-            "identity": identity,
-            "recipe": self.recipe.resolved(),
-            "slimtune": __version__,
-            "files": package_files(),
-            "packages": installed_versions(),
-            "seed": self.recipe.seed,
-            "reference_point": pareto.reference_point(self.recipe.objectives),
-            "facts": self.facts,
-        }
-        write_atomically(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(self.folder, self.recipe, self.facts)
 
     def _learn_facts(self) -> Json:
         """Data and models read for the first time; what a reader must know of them is told once."""
@@ -423,95 +411,3 @@ def read_result(folder: Path) -> TrialResult | None:
         return TrialResult.model_validate_json((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-def read_manifest(folder: Path) -> Json | None:
-    """manifest.json of a study's folder; None for a folder that is new or empty.
-
-    Raises `BadInput` for a folder that holds something else.
-    """
-    path = folder / MANIFEST
-    if path.is_file():
-        return _parsed_manifest(path)
-    found = folder.iterdir() if folder.is_dir() else ()
-    unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
-    if unknown:
-        raise BadInput(
-            [
-                f"output_dir: {folder} holds {', '.join(unknown[:3])} and no study; choose an empty"
-                " or new folder."
-            ]
-        )
-    return None
-
-
-def _parsed_manifest(path: Path) -> Json:
-    try:
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["schema"] == SCHEMA and {"identity", "recipe", "facts"} <= manifest.keys():
-            return manifest
-        why = "was written by another version of slimtune"
-    except (OSError, ValueError, TypeError, KeyError):
-        why = "is damaged, or is no study's"
-    raise BadInput([f"output_dir: {path} {why}; choose another folder."])
-
-
-def facts_on_disk(recipe: Recipe) -> Json | None:
-    """What the study that the recipe describes learnt about its data and models, if it was begun."""
-    try:
-        manifest = read_manifest(Path(recipe.output_dir))
-    except BadInput:
-        return None
-    begun = manifest is not None and manifest["identity"] == recipe.identity()
-    return manifest["facts"] if manifest and begun else None
-
-
-def check_writable(folder: Path) -> None:
-    """Raise `BadInput` unless files can be made in a folder, or in what there is above it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        why = f"{there} is a file" if there.is_file() else error.strerror
-        raise BadInput([f"output_dir: {folder} cannot be written: {why}."]) from error
-
-
-def refuse_other_study(folder: Path, there: Json, asked: Json) -> None:
-    """Raise `BadInput` naming what differs, if the folder's study is not the recipe's."""
-    differing = list(_differences(there, asked))
-    if differing:
-        raise BadInput(
-            [
-                f"output_dir: {folder} holds a study with another `{path}`: {_shown(old)} there,"
-                f" {_shown(new)} here; choose another output_dir or the recipe of that study."
-                for path, old, new in differing
-            ]
-        )
-
-
-def _differences(there: Any, asked: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two nested values differ, as (path, one, other)."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for key in {**asked, **there}:
-            yield from _differences(there.get(key), asked.get(key), f"{path}.{key}".lstrip("."))
-    elif there != asked:
-        yield path, there, asked
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
-
-
-def package_files() -> Json:
-    """SHA-256 of each source file of this package."""
-    root = Path(__file__).parent
-    files = sorted(root.rglob("*.py"))
-    return {path.relative_to(root).as_posix(): file_sha256(path)[:16] for path in files}
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of what a study's numbers depend on."""
-    names = ("torch", "transformers", "accelerate", "onnxruntime", "numpy", "tokenizers")
-    return {name: version(name) for name in names}

@@ -24,8 +24,9 @@ from tiny_tokenizers import wordpiece
 
 from orchestrator import base_model_checks, hub
 from orchestrator.base_model import load_base
+from orchestrator.manifest import read_manifest
 from orchestrator.recipe import ModelOptions, make_recipe
-from orchestrator.study import Study, read_manifest
+from orchestrator.study import Study
 from orchestrator.tasks import TASKS
 from orchestrator.trial import BadInput
 
@@ -316,6 +317,14 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a damaged study": (["output_dir={files}/damaged"], ["manifest.json is damaged"]),
     "an older study": (["output_dir={files}/older"], ["was written by another version"]),
+    # the machine
+    "no threads": (["target.threads=0"], ["target.threads should be greater than or equal to 1"]),
+    "an unknown device": (["target.device=tpu"], ["target.device should match pattern", "'tpu'"]),
+}
+
+NO_GPU = {
+    "a target without its GPU": (["target.device=cuda"], ["target.device is cuda, but"]),
+    "training without a GPU": (["--device", "cuda"], ["torch cannot use cuda here"]),
 }
 
 
@@ -348,6 +357,18 @@ def test_a_mistake_is_told_and_nothing_is_started(
     assert [path for path, _ in everything_below(tmp_path, files)] == [path for path, _ in before]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("mistake", NO_GPU)
+def test_a_device_that_is_not_there_is_told(
+    mistake: str, files: Path, tmp_path: Path, slimtune: Here
+) -> None:
+    wrote, words = NO_GPU[mistake]
+    told = ask(slimtune, files, tmp_path, wrote)
+    print(told.err)
+    assert told.status == 2 and words[0] in told.problems[0], told
+    assert not (tmp_path / "study").exists()
+
+
 # -- all at once ---------------------------------------------------------------------------------
 
 
@@ -360,6 +381,27 @@ def test_every_problem_of_a_recipe_is_told_at_once(
     assert told.err.endswith("5 problems; nothing was started.\n")
 
 
+def test_problems_of_data_and_models_are_told_together(
+    files: Path, tmp_path: Path, slimtune: Here
+) -> None:
+    wrote = [
+        "model=[{name: /no/such/model}, {name: '{files}/models/no_config'}]",
+        "task.data={files}/header.csv",
+    ]
+    told = ask(slimtune, files, tmp_path, wrote)
+    print(told.err)
+    assert told.status == 2 and len(told.problems) == 3, told.err
+
+
+def test_problems_of_several_models_are_told_together(
+    files: Path, tmp_path: Path, slimtune: Here
+) -> None:
+    wrote = ["model=[{name: '{files}/models/cut'}, {name: '{files}/models/shapes'}]"]
+    told = ask(slimtune, files, tmp_path, wrote)
+    print(told.err)
+    assert told.status == 2 and len(told.problems) == 2, told.err
+
+
 def test_planning_finds_the_same_problems_without_torch_in_the_process(
     files: Path, tmp_path: Path
 ) -> None:
@@ -369,7 +411,7 @@ def test_planning_finds_the_same_problems_without_torch_in_the_process(
         "finally: assert 'torch' not in sys.modules"
     )
     path = tiny_study.write_recipe(tmp_path)
-    wrote = ["plan", path, f"task.data={files}/header.csv"]
+    wrote = ["plan", path, f"task.data={files}/header.csv", "model={name: /no/such/model}"]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, wrote)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "SLIMTUNE_CACHE": str(tmp_path / "c")},
@@ -377,7 +419,7 @@ def test_planning_finds_the_same_problems_without_torch_in_the_process(
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "header.csv has no rows" in done.stderr
+    assert "header.csv has no rows" in done.stderr and "there is no folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -408,6 +408,14 @@ def test_notes_on_the_data_are_told_when_a_study_starts_and_kept(
     assert manifest["facts"]["notes"] == noted["notes"]
 
 
+def test_leaks_are_noted(tmp_path: Path) -> None:
+    data = tiny_study.write_sentences(tmp_path / "data.csv", rows=240)
+    rows = data.read_text().splitlines()
+    data.write_text("\n".join([*rows, *rows[1:]]) + "\n")
+    (note, *_) = Inline(recipe(tmp_path), tmp_path / "study").facts()["notes"]
+    assert re.fullmatch(r"\d+ rows of train are in validation or test too: dropped", note)
+
+
 def test_a_damaged_artifact_fails_its_trial_and_no_other(
     facts: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from orchestrator.trial import Frozen
 
 
@@ -12,7 +14,7 @@ class MeasureOptions(Frozen):
     `max_seconds` are spent; which of the two it was is said.
     """
 
-    relative_interval: float = 0.05
-    max_seconds: float = 5.0
-    num_inputs: int = 32
-    num_check_inputs: int = 256
+    relative_interval: float = Field(0.05, gt=0)
+    max_seconds: float = Field(5.0, gt=0)
+    num_inputs: int = Field(32, ge=1)
+    num_check_inputs: int = Field(256, ge=1)

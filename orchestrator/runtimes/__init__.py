@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.runtimes.onnxruntime import OnnxRuntime
@@ -23,12 +24,12 @@ class Target(Frozen):
     """Where and how the artifact is served; every served number is taken this way."""
 
     runtime: str = "onnxruntime"
-    device: str = "cpu"
-    threads: int = 1
-    batch_size: int = 1
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    threads: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1)
     padding: Literal["longest", "max_length"] = "longest"
-    prompt_tokens: int = 64
-    new_tokens: int = 32
+    prompt_tokens: int = Field(64, ge=1)
+    new_tokens: int = Field(32, ge=1)
     command: str | None = None
 
 
@@ -52,6 +53,9 @@ class Runtime(Protocol):
     model_file: str  # "model.onnx", "model.safetensors"
 
     def numerics(self, options: QuantizeOptions, target: Target) -> Numerics: ...
+
+    def check(self, target: Target) -> None:
+        """Raise ValueError where this machine cannot serve on the target's device."""
 
     def export(
         self, model: PreTrainedModel, folder: Path, *, kind: str, cache: Path

@@ -58,6 +58,9 @@ class OnnxRuntime:
             else None,
         )
 
+    def check(self, target: Target) -> None:
+        _providers(target)
+
     def export(
         self, model: PreTrainedModel, folder: Path, *, kind: str, cache: Path
     ) -> dict[str, Any]:

@@ -53,6 +53,12 @@ class TorchRuntime:
             embedding=INT8 if options.embeddings else None,
         )
 
+    def check(self, target: Target) -> None:
+        import torch
+
+        if target.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"target.device is {target.device}, but torch finds no GPU here")
+
     def export(
         self, model: PreTrainedModel, folder: Path, *, kind: str, cache: Path
     ) -> dict[str, Any]:

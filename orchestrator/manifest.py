@@ -1,0 +1,128 @@
+"""manifest.json: which study a folder holds, and what it was made with."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__, pareto
+from orchestrator.recipe import Recipe
+from orchestrator.stages import file_sha256, write_atomically
+from orchestrator.trial import BadInput
+
+Json = dict[str, Any]
+NAME, SCHEMA = "manifest.json", 1
+OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
+MAX_SHOWN = 120  # characters of a value in a message
+
+
+def read_manifest(folder: Path) -> Json | None:
+    """manifest.json of a study's folder; None for a folder that is new or empty.
+
+    Raises `BadInput` for a folder that holds something else.
+    """
+    path = folder / NAME
+    if path.is_file():
+        return _parsed_manifest(path)
+    found = folder.iterdir() if folder.is_dir() else ()
+    unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
+    if unknown:
+        raise BadInput(
+            [
+                f"output_dir: {folder} holds {', '.join(unknown[:3])} and no study; choose an empty"
+                " or new folder."
+            ]
+        )
+    return None
+
+
+def _parsed_manifest(path: Path) -> Json:
+    try:
+        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["schema"] == SCHEMA and {"identity", "recipe", "facts"} <= manifest.keys():
+            return manifest
+        why = "was written by another version of slimtune"
+    except (OSError, ValueError, TypeError, KeyError):
+        why = "is damaged, or is no study's"
+    raise BadInput([f"output_dir: {path} {why}; choose another folder."])
+
+
+def write_manifest(folder: Path, recipe: Recipe, facts: Json) -> None:
+    """Say whose folder this is: the recipe, the code, the versions, and what was learnt of the input."""
+    manifest = {
+        "schema": SCHEMA,
+        "identity": recipe.identity(),
+        "recipe": recipe.resolved(),
+        "slimtune": __version__,
+        "files": package_files(),
+        "packages": installed_versions(),
+        "seed": recipe.seed,
+        "reference_point": pareto.reference_point(recipe.objectives),
+        "facts": facts,
+    }
+    write_atomically(folder / NAME, json.dumps(manifest, indent=1))
+
+
+def facts_on_disk(recipe: Recipe) -> Json | None:
+    """What the study that the recipe describes learnt about its data and models, if it was begun."""
+    try:
+        manifest = read_manifest(Path(recipe.output_dir))
+    except BadInput:
+        return None
+    begun = manifest is not None and manifest["identity"] == recipe.identity()
+    return manifest["facts"] if manifest and begun else None
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `BadInput` unless files can be made in a folder, or in what there is above it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        why = f"{there} is a file" if there.is_file() else error.strerror
+        raise BadInput([f"output_dir: {folder} cannot be written: {why}."]) from error
+
+
+def refuse_other_study(folder: Path, there: Json, asked: Json) -> None:
+    """Raise `BadInput` naming what differs, if the folder's study is not the recipe's."""
+    differing = list(_differences(there, asked))
+    if differing:
+        raise BadInput(
+            [
+                f"output_dir: {folder} holds a study with another `{path}`: {_shown(old)} there,"
+                f" {_shown(new)} here; choose another output_dir or the recipe of that study."
+                for path, old, new in differing
+            ]
+        )
+
+
+def _differences(there: Any, asked: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two nested values differ, as (path, one, other)."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for key in {**asked, **there}:
+            yield from _differences(there.get(key), asked.get(key), f"{path}.{key}".lstrip("."))
+    elif there != asked:
+        yield path, there, asked
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def package_files() -> Json:
+    """SHA-256 of each source file of this package."""
+    root = Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    return {path.relative_to(root).as_posix(): file_sha256(path)[:16] for path in files}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what a study's numbers depend on."""
+    names = ("torch", "transformers", "accelerate", "onnxruntime", "numpy", "tokenizers")
+    return {name: version(name) for name in names}
