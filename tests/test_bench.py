@@ -67,6 +67,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the dense baseline --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_best_of_its_grid_on_validation(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, **trained([STUCK_RATE, GOOD_RATE]))
     dense = bench.dense("bert")
@@ -82,6 +83,7 @@ def test_the_winner_is_trained_on_and_the_better_of_the_two_is_the_baseline(benc
     assert scores[1] == max(scores[0], last["accuracy"])
 
 
+@pytest.mark.slow
 def test_further_training_that_does_no_good_is_not_taken(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, **trained([GOOD_RATE], then=WILD_RATE))
     assert "diverged" in bench.dense("bert").candidates[-1]
