@@ -21,10 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
 from orchestrator.dense import Dense, make_dense
-from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune, row_lengths
+from orchestrator.distill import HiddenDistance
+from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune
 from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.plugins import find
+from orchestrator.predict import row_lengths
 from orchestrator.problems import raise_if
 from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
@@ -174,6 +176,7 @@ class Bench:
         *,
         seed: int | None = None,
         teacher: Teacher | None = None,
+        hidden: HiddenDistance | None = None,
         on_step: Sequence[OnStep] = (),
     ) -> TrainingReport:
         """Fine-tune in place on this worker's device, within the limit of a dry run."""
@@ -186,6 +189,7 @@ class Bench:
             device=self.device,
             on_step=on_step,
             teacher=teacher,
+            hidden=hidden,
             max_steps=self.steps_limit if trains(options) else 0,
         )
 
@@ -193,9 +197,10 @@ class Bench:
         """What a trial trains on. A teacher answers once where a row has one answer."""
         if options.distillation is None:
             return PLAIN
-        key = content_hash([model, options.model_dump(mode="json")["augmentation"]])
+        layers = options.distillation.hidden > 0
+        key = content_hash([model, options.model_dump(mode="json")["augmentation"], layers])
         if key not in self._lessons:
-            self._lessons[key] = taught(model, options.augmentation, self, note)
+            self._lessons[key] = taught(model, options.augmentation, self, layers=layers, note=note)
         return self._lessons[key]
 
     def encoded_lesson(self, lesson: Lesson, tokenizer: PreTrainedTokenizerBase) -> Encoded:

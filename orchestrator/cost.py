@@ -99,8 +99,14 @@ class Cost:
         """What one position costs while training, in multiply-accumulates."""
         length = max(1, round(self.models[config.model]["mean_length"]))
         forward = planned(config, self.signature(config.model)).macs(length=length)
-        asks = self.recipe.task.kind != "encoder" and config.finetune["distillation"] is not None
+        asks = self._asks_live(config.finetune["distillation"])
         return forward / FORWARD + asks * self.signature(config.model).macs(length=length)
+
+    def _asks_live(self, distillation: Json | None) -> bool:
+        """Whether the dense model runs beside the student."""
+        if distillation is None:
+            return False
+        return bool(self.recipe.task.kind != "encoder" or distillation["hidden"])
 
     def _prune_s(self, config: TrialConfig, row: Json) -> float:
         """One-shot importance as it was timed, by its batches; gradual importance as training steps."""

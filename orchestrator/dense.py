@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from orchestrator.base_model import Base, tokenizer_key
-from orchestrator.finetune import FinetuneOptions, predict
+from orchestrator.finetune import FinetuneOptions
+from orchestrator.predict import predict
 from orchestrator.trial import Diverged, TrialConfig
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
 
-VERSION = 2
+VERSION = 3
 Note = Callable[[str], None]
 
 
@@ -41,7 +42,7 @@ def make_dense(model: str, bench: Bench, note: Note) -> Dense:
         "base": base.source,
         "tokenizer": tokenizer_key(base.tokenizer),
         "data": bench.data_key,
-        "grid": [options.model_dump(mode="json") for options in grid],
+        "budgets": bench.recipe.baseline_budgets(model),
         "seed": bench.recipe.seed,
         "limits": [bench.rows_limit, bench.steps_limit],
     }

@@ -9,13 +9,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from orchestrator.distill import Distillation, HiddenDistance
+from orchestrator.predict import row_lengths, to_device
 from orchestrator.problems import nearest
 from orchestrator.tasks.augmentation import Augmentation
 from orchestrator.trial import BadInput, Diverged, Frozen
@@ -26,21 +27,13 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from orchestrator.tasks import Encoded, Record, Task
-
-    Batch = dict[str, torch.Tensor]
-    Teacher = Callable[[np.ndarray, Batch], torch.Tensor]
+    from orchestrator.distill import Teacher
+    from orchestrator.predict import Batch
+    from orchestrator.tasks import Encoded, Task
 
 OnStep = Callable[[int, int], None]
 OnLog = Callable[[int, int, float], None]
 POOL = 50  # batches that are sorted by length together
-
-
-class Distillation(Frozen):
-    """Hinton et al. 2015 (arXiv:1503.02531): loss = alpha · distillation + (1 - alpha) · task."""
-
-    alpha: float = Field(0.5, ge=0, le=1)
-    temperature: float = Field(2.0, gt=0)
 
 
 class FinetuneOptions(Frozen):
@@ -106,6 +99,7 @@ def finetune(
     device: str | torch.device,
     on_step: Sequence[OnStep] = (),
     teacher: Teacher | None = None,
+    hidden: HiddenDistance | None = None,
     on_log: OnLog | None = None,
     max_steps: int | None = None,
 ) -> TrainingReport:
@@ -118,7 +112,9 @@ def finetune(
     import torch
     from accelerate.utils import set_seed
 
-    assert (teacher is None) == (options.distillation is None), "distillation needs a teacher"
+    distillation = options.distillation
+    assert (teacher is None) == (distillation is None), "distillation needs a teacher"
+    assert (hidden is None) == (distillation is None or distillation.hidden == 0)
     device = torch.device(device)
     lengths = row_lengths(encoded)
     batches_an_epoch = math.ceil(len(lengths) / options.per_device_train_batch_size)
@@ -130,7 +126,12 @@ def finetune(
     model.to(device).train()
     for callback in on_step:
         callback(0, num_steps)
-    with frozen(model, options.freeze), dropout_at(options.dropout, model), unwrapped(model):
+    with (
+        frozen(model, options.freeze),
+        dropout_at(options.dropout, model),
+        unwrapped(model),
+        hidden or nullcontext(),
+    ):
         accelerator = make_accelerator(options, device)
         trained, optimizer = accelerator.prepare(model, make_optimizer(model, options))
         teacher = teacher and accelerator.autocast()(teacher)  # as precise as the student
@@ -144,7 +145,9 @@ def finetune(
                 batch = to_device(arrays, device)
                 with accelerator.accumulate(trained):
                     target = teacher(indices, batch) if teacher else None
-                    loss = objective(trained, task, batch, target, options.distillation)
+                    loss = objective(trained, task, batch, target, distillation)
+                    if hidden and distillation:
+                        loss = loss + distillation.hidden * hidden(indices, batch)
                     accelerator.backward(loss * (share * accumulation))
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
@@ -424,85 +427,3 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
     finally:
         for name in set(vars(model)) - before:
             delattr(model, name)
-
-
-def to_device(arrays: dict[str, np.ndarray], device: torch.device | str) -> Batch:
-    import torch
-
-    return {
-        name: torch.from_numpy(array).to(device, non_blocking=True)
-        for name, array in arrays.items()
-    }
-
-
-# -- answers of a model --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CachedTeacher:
-    """Logits [rows, classes] that were computed before training."""
-
-    logits: np.ndarray
-
-    def __call__(self, indices: np.ndarray, batch: Batch) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(self.logits[indices]).to(next(iter(batch.values())).device)
-
-
-def cached_teacher(
-    model: PreTrainedModel, task: Task, encoded: Encoded, device: str, *, batch_size: int = 64
-) -> CachedTeacher:
-    """A teacher that has answered every row of `encoded` once; for tasks with one answer a row."""
-    logits: list[Any] = [None] * len(encoded)
-    for indices, answers, _ in answers_of(model, task, encoded, batch_size, device):
-        assert answers.ndim == 2, "a row has more than one answer: use live_teacher"
-        for index, answer in zip(indices, answers, strict=True):
-            logits[index] = answer
-    return CachedTeacher(np.stack(logits))
-
-
-def live_teacher(model: PreTrainedModel, task: Task) -> Teacher:
-    """A teacher that answers while the student trains; `model` is on the student's device."""
-    import torch
-
-    model.eval()
-
-    def answer(_: np.ndarray, batch: Batch) -> torch.Tensor:
-        with torch.no_grad():
-            return task.logits(model, batch)
-
-    return answer
-
-
-def predict(
-    model: PreTrainedModel, task: Task, encoded: Encoded, *, batch_size: int, device: str
-) -> list[Record]:
-    """The records of every row, in order. Leaves the model in evaluation mode."""
-    records: list[Any] = [None] * len(encoded)
-    for indices, logits, batch in answers_of(model, task, encoded, batch_size, device):
-        ids = [encoded.ids[index] for index in indices]
-        for index, record in zip(indices, task.records(logits, batch, ids), strict=True):
-            records[index] = record
-    return records
-
-
-def answers_of(
-    model: PreTrainedModel, task: Task, encoded: Encoded, batch_size: int, device: str
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]]:
-    """(row indices, logits as float32, batch), longest rows first, so that little is padding."""
-    import torch
-
-    model.to(device).eval()
-    order = np.argsort(-row_lengths(encoded), kind="stable")
-    for at in range(0, len(order), batch_size):
-        indices = order[at : at + batch_size]
-        arrays = task.collate(encoded, indices.tolist())
-        with torch.no_grad():
-            logits = task.logits(model, to_device(arrays, device))
-        yield indices, logits.float().cpu().numpy(), arrays
-
-
-def row_lengths(encoded: Encoded) -> np.ndarray:
-    """Tokens of each row, [rows]."""
-    return np.array([len(row["input_ids"]) for row in encoded.features])

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator.base_model import neighbours
-from orchestrator.finetune import CachedTeacher, cached_teacher, live_teacher
-from orchestrator.tasks import Rows
+from orchestrator.distill import CachedTeacher, HiddenDistance, LiveTeacher, cached_teacher
+from orchestrator.predict import row_lengths
+from orchestrator.prune.tree import layers_of
+from orchestrator.tasks import Encoded, Rows
 from orchestrator.tasks.augmentation import Augmentation, augment
 
 if TYPE_CHECKING:
@@ -40,11 +43,42 @@ class Lesson:
 PLAIN = Lesson("train", None, None)
 
 
-def taught(model: str, augmentation: Augmentation | None, bench: Bench, note: Note) -> Lesson:
-    """The lesson of the dense baseline. It answers beforehand where a row has one answer."""
+def taught(
+    model: str, augmentation: Augmentation | None, bench: Bench, *, layers: bool, note: Note
+) -> Lesson:
+    """The lesson of the dense baseline, by its `layers` too if asked for.
+
+    It answers beforehand where a row has one answer and no more is asked.
+    """
     if bench.task.kind != "encoder":
         dense = bench.dense_model(model).to(bench.device)
-        return Lesson("train", None, live_teacher(dense, bench.task))
+        return Lesson("train", None, LiveTeacher(dense, bench.task))
+    lesson = _answered(model, augmentation, bench, note)
+    if not layers:
+        return lesson
+    encoded = bench.encoded_lesson(lesson, bench.base(model).tokenizer)
+    dense = bench.dense_model(model).to(bench.device)
+    return replace(lesson, teacher=LiveTeacher(dense, bench.task, encoded))
+
+
+def hidden_distance(
+    lesson: Lesson, student: Sequence[nn.Module], kept: Sequence[int], encoded: Encoded
+) -> HiddenDistance:
+    """The distance of the student's layers from the dense layers `kept` that they were.
+
+    `encoded` is the lesson, taught by layers, in the student's tokens.
+    """
+    teacher = lesson.teacher
+    assert isinstance(teacher, LiveTeacher), "the lesson shows no layers"
+    dense = layers_of(teacher.model)
+    aligned = None
+    if teacher.encoded is not None:
+        aligned = row_lengths(teacher.encoded) == row_lengths(encoded)
+    return HiddenDistance(student, [dense[index] for index in kept], aligned=aligned)
+
+
+def _answered(model: str, augmentation: Augmentation | None, bench: Bench, note: Note) -> Lesson:
+    """A lesson whose every row was answered beforehand."""
     inputs = {
         "dense": bench.dense(model).folder.name,
         "augmentation": augmentation and augmentation.model_dump(mode="json"),

@@ -158,15 +158,20 @@ class Recipe(Frozen):
     def continued_baseline(self, trained: FinetuneOptions) -> FinetuneOptions | None:
         """What the best dense model is trained on with: the options of the trial with most budget.
 
-        Where those are a student's, its own options for that many passes over the real rows. None
-        where trials do not train, and for a model that is fine-tuned already.
+        Where those are a student's, its own options for as many passes over the real rows as the
+        student makes over all of its rows. None where trials do not train, and for a model that is
+        fine-tuned already.
         """
         longest = FinetuneOptions(**self.largest_budget())
         if not (trains(trained) and trains(longest)):
             return None
         if longest.distillation is None:
             return longest
-        budget = {"num_train_epochs": longest.num_train_epochs, "max_steps": longest.max_steps}
+        copies = longest.augmentation.copies if longest.augmentation else 0
+        budget = {
+            "num_train_epochs": longest.num_train_epochs * (1 + copies),
+            "max_steps": longest.max_steps,
+        }
         return trained.model_copy(update=budget)
 
     def baseline_budgets(self, model: str) -> list[dict[str, Any]]:

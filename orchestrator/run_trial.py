@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from orchestrator import artifact as artifacts
 from orchestrator.bench import Bench, Note
 from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport
+from orchestrator.lessons import hidden_distance
 from orchestrator.measure.memory import peak_mb, reset_peak
 from orchestrator.measure.served import (
     Served,
@@ -31,6 +32,7 @@ from orchestrator.measure.served import (
 )
 from orchestrator.model_card import write_card
 from orchestrator.prune import Pruning, load_methods
+from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.quantize.convert import convert, prepare
 from orchestrator.quantize.fake import set_enabled
@@ -136,20 +138,20 @@ def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> 
     clock("load")
     model = bench.dense_model(config.model, trained_on=trains(options)).to(bench.device)
     clock("prune")
-    prunings, tokenizer = _prune(model, config, bench)
+    pruned = _prune(model, config, bench)
 
     clock("prepare")
-    on_step: list[OnStep] = [pruning.on_step for pruning in prunings]
+    on_step: list[OnStep] = [pruning.on_step for pruning in pruned.prunings]
     if quantize.qat:
         prepare(model, numerics, ignore=quantize.ignore)
         on_step.append(_switch_on(model, quantize.qat_start))
 
-    training = _finetune(model, tokenizer, config, bench, on_step, clock)
-    for pruning in prunings:
+    training = _finetune(model, pruned, config, bench, on_step, clock)
+    for pruning in pruned.prunings:
         pruning.finish()
     set_enabled(model, True)
     details = {
-        "prune": [pruning.report() for pruning in prunings],
+        "prune": [pruning.report() for pruning in pruned.prunings],
         "training": training.model_dump(mode="json"),
         "peak_training_memory_mb": peak_mb(bench.device),
     }
@@ -157,25 +159,33 @@ def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> 
     clock("convert")
     model.cpu().eval()
     converted = _converted(model, numerics, quantize)
-    served = Served(bench, config, folder / "artifact", tokenizer)
+    served = Served(bench, config, folder / "artifact", pruned.tokenizer)
     return _deliver(model, converted, served, clock, details)
 
 
-def _prune(
-    model: PreTrainedModel, config: TrialConfig, bench: Bench
-) -> tuple[list[Pruning], PreTrainedTokenizerBase]:
-    """Methods at work, in their order, and the tokenizer that they leave."""
+@dataclass(frozen=True)
+class Pruned:
+    """Methods at work, in their order, the tokenizer that they leave, and the dense layers."""
+
+    prunings: list[Pruning]
+    tokenizer: PreTrainedTokenizerBase
+    layers: list[int]
+
+
+def _prune(model: PreTrainedModel, config: TrialConfig, bench: Bench) -> Pruned:
+    dense_layers = layers_of(model)
     context = bench.prune_context(bench.base(config.model).tokenizer, seed=config.seed)
     prunings = []
     for method in load_methods(config.prune):
         prunings.append(method.start(model, context))
         context.tokenizer = prunings[-1].tokenizer or context.tokenizer
-    return prunings, context.tokenizer
+    left = [dense_layers.index(layer) for layer in layers_of(model)]
+    return Pruned(prunings, context.tokenizer, left)
 
 
 def _finetune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    pruned: Pruned,
     config: TrialConfig,
     bench: Bench,
     on_step: Sequence[OnStep],
@@ -183,13 +193,18 @@ def _finetune(
 ) -> TrainingReport:
     options = FinetuneOptions(**config.finetune)
     lesson = bench.lesson(config.model, options, clock)
+    encoded = bench.encoded_lesson(lesson, pruned.tokenizer)
+    hidden = None
+    if options.distillation and options.distillation.hidden:
+        hidden = hidden_distance(lesson, layers_of(model), pruned.layers, encoded)
     clock("finetune")
     return bench.train(
         model,
-        bench.encoded_lesson(lesson, tokenizer),
+        encoded,
         options,
         seed=config.seed,
         teacher=lesson.teacher,
+        hidden=hidden,
         on_step=on_step,
     )
 

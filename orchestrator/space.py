@@ -219,6 +219,7 @@ def infeasible(config: TrialConfig, signature: Signature, recipe: Recipe) -> str
         numerics = runtime.numerics(quantize, recipe.target)
         _check_training(config, quantize, numerics)
         _check_vocabulary(config, recipe.task)
+        _check_distillation(config, recipe.task)
         if numerics.weight is not None and numerics.weight.granularity == "group":
             check_divides(
                 shape, numerics.weight.group_size, ignore=(*quantize.ignore, *ALWAYS_FLOAT)
@@ -259,6 +260,13 @@ def _check_vocabulary(config: TrialConfig, task: Task) -> None:
         raise Infeasible(f"{task.quality} does not compare across vocabularies, so none is pruned")
     if task.kind != "encoder" and config.finetune["distillation"] is not None:
         raise Infeasible("a student with a smaller vocabulary cannot learn its teacher's logits")
+
+
+def _check_distillation(config: TrialConfig, task: Task) -> None:
+    """Raise `Infeasible` where the layers of a teacher cannot be told from one attention mask."""
+    distillation = config.finetune["distillation"]
+    if task.kind == "encoder_decoder" and distillation and distillation["hidden"]:
+        raise Infeasible("finetune.distillation.hidden is for encoders and decoders, not for both")
 
 
 def predict(

@@ -13,7 +13,8 @@ import torch
 
 from orchestrator import bench as benches
 from orchestrator.bench import MAX_ENCODED, Bench
-from orchestrator.finetune import FinetuneOptions, predict
+from orchestrator.finetune import FinetuneOptions
+from orchestrator.predict import predict
 from orchestrator.prune.tokens import rebuild_tokenizer
 from orchestrator.recipe import make_recipe
 from orchestrator.run_trial import _prune, run_baseline

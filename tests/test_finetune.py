@@ -19,17 +19,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from orchestrator.distill import CachedTeacher, HiddenDistance, LiveTeacher, cached_teacher
 from orchestrator.finetune import (
-    CachedTeacher,
     FinetuneOptions,
-    cached_teacher,
     epoch_batches,
     finetune,
     learning_rate,
-    live_teacher,
-    predict,
     uses_bf16,
 )
+from orchestrator.predict import predict, to_device
+from orchestrator.prune.tree import layers_of
 from orchestrator.tasks import Encoded, Record
 from orchestrator.tasks.causal_lm import CausalLm
 from orchestrator.tasks.data import collate
@@ -102,7 +101,9 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 def train(model: Any, encoded: Encoded, task: Any = TASK, **changes: Any) -> torch.Tensor:
     arguments = {
-        name: changes.pop(name) for name in ("on_step", "teacher", "seed") if name in changes
+        name: changes.pop(name)
+        for name in ("on_step", "teacher", "hidden", "seed")
+        if name in changes
     }
     options = FinetuneOptions(**PLAIN.model_dump(exclude_unset=True) | changes)
     finetune(model, task, encoded, options, device="cpu", **{"seed": 0, **arguments})
@@ -262,14 +263,50 @@ def test_cached_teacher_says_what_a_live_one_says(reviews):
     indices = np.array([40, 3, 17])
     batch = {n: torch.from_numpy(a) for n, a in TASK.collate(reviews, indices.tolist()).items()}
     cached = cached_teacher(teacher, TASK, reviews, "cpu")(indices, batch)
-    live = live_teacher(teacher, TASK)(indices, batch)
+    live = LiveTeacher(teacher, TASK)(indices, batch)
     assert torch.allclose(cached, live, atol=1e-5) and not live.requires_grad
 
 
 def test_alpha_zero_is_training_without_a_teacher(reviews):
-    teacher = live_teacher(tiny_bert(1), TASK)
+    teacher = LiveTeacher(tiny_bert(1), TASK)
     taught = train(tiny_bert(), reviews, teacher=teacher, distillation={"alpha": 0.0})
     assert torch.allclose(taught, train(tiny_bert(), reviews), atol=1e-6)
+
+
+def test_hidden_distance_is_the_unexplained_share_of_variance_where_tokens_align():
+    states = {"student": torch.randn(3, 4, 6), "teacher": torch.randn(3, 5, 6)}
+    layers = {name: torch.nn.Identity() for name in states}
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    aligned = np.array([True, False, False, True])  # of all rows; the batch has rows 3, 0 and 2
+    with HiddenDistance([layers["student"]], [layers["teacher"]], aligned=aligned) as distance:
+        for name, layer in layers.items():
+            layer(states[name])
+        found = distance(np.array([3, 0, 2]), batch)
+    assert not any(layer._forward_hooks for layer in layers.values())
+    student = torch.cat([states["student"][0], states["student"][1, :2]])
+    teacher = torch.cat([states["teacher"][0, :4], states["teacher"][1, :2]])
+    spread = (teacher - teacher.mean(0)).square().sum()
+    assert found.item() == pytest.approx(((student - teacher).square().sum() / spread).item())
+
+
+def test_a_student_taught_by_layers_comes_closer_to_the_teachers_layers(reviews):
+    def distance(hidden: float) -> float:
+        teacher, student = tiny_bert(1), tiny_bert(0)
+        pairs = [layers_of(student), layers_of(teacher)]
+        options = {"alpha": 1.0, "hidden": hidden}
+        asked = HiddenDistance(*pairs) if hidden else None
+        train(
+            student, reviews, teacher=LiveTeacher(teacher, TASK), hidden=asked,
+            num_train_epochs=8.0, learning_rate=5e-3, distillation=options,
+        )  # fmt: skip
+        rows = np.arange(16)
+        batch = to_device(TASK.collate(reviews, rows.tolist()), "cpu")
+        with torch.no_grad(), HiddenDistance(*pairs) as told:
+            TASK.logits(student, batch), TASK.logits(teacher, batch)
+            return told(rows, batch).item()
+
+    assert distance(1.0) < 0.7 * distance(0.0)
 
 
 # -- order and rate ------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator import artifact as artifacts
-from orchestrator.finetune import row_lengths
 from orchestrator.measure.command import run_command
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import Round, compare, decoder_round, encoder_round
@@ -25,6 +24,7 @@ from orchestrator.measure.quality import (
 )
 from orchestrator.measure.shape import shape_metrics
 from orchestrator.measure.size import size_metrics
+from orchestrator.predict import row_lengths
 from orchestrator.runtimes import Session
 from orchestrator.tasks import Encoded, Split
 from orchestrator.trial import Measurement, TrialConfig

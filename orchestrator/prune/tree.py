@@ -113,6 +113,11 @@ def referenced_tokens(model: PreTrainedModel) -> list[int]:
     return sorted(token for token in found if 0 <= token < num_rows)
 
 
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of every stack, first to last."""
+    return [layer for _, path in _stacks(model) for layer in model.get_submodule(path).children()]
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
