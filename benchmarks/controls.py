@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.artifact import read_predictions, verify
-from orchestrator.launch.inline import Inline
+from orchestrator.bench import Bench
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.report.wording import describe
+from orchestrator.run_trial import measure_test, run_baseline, run_trial
 from orchestrator.tasks import Record
 from orchestrator.tasks.statistics import matched, percentile_interval, resample
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus
@@ -96,11 +97,11 @@ UNCHANGED = [
 class Arms:
     """Trains, serves and scores arms, each at most once a seed; all share `finetune`."""
 
-    def __init__(self, launcher: Inline, finetune: dict[str, Any]) -> None:
-        self.launcher, self.recipe, self.finetune = launcher, launcher.recipe, finetune
+    def __init__(self, bench: Bench, finetune: dict[str, Any]) -> None:
+        self.bench, self.recipe, self.finetune = bench, bench.recipe, finetune
         self.model = self.recipe.models[0].id
         self._answers: dict[TrialConfig, Answers] = {}
-        check(launcher.baseline(self.model, lambda stage: None), "dense")
+        check(run_baseline(self.model, bench, lambda stage: None), "dense")
 
     def answers(self, arm: Arm, seed: int) -> Answers:
         """The artifact's records of the test split, and the SHA-256 of its model file."""
@@ -117,10 +118,10 @@ class Arms:
 
     def _run(self, config: TrialConfig) -> Answers:
         what = describe(config.model_dump(mode="json") | {"seed": 0}) + f", seed {config.seed}"
-        result = self.launcher.trial(config, lambda stage: None)
+        result = run_trial(config, self.bench, lambda stage: None)
         check(result, what)
-        artifact = self.launcher.folder / "trials" / config.id / "artifact"
-        measurement, _ = self.launcher.test(artifact, config)
+        artifact = self.bench.folder / "trials" / config.id / "artifact"
+        measurement, _ = measure_test(artifact, config, self.bench)
         reached = measurement.metrics[self.recipe.task.quality]
         print(f"{what}: {reached:.4g} in {result.device_seconds:.0f} s", flush=True)
         weights = verify(artifact)["sha256"]["model.onnx"]
@@ -288,7 +289,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         read = sst2 if arguments.task == "sst2" else stdlib
         recipe, finetune = read(arguments, Path(folder))
-        arms = Arms(Inline(recipe, Path(folder)), finetune)
+        arms = Arms(Bench(recipe, Path(folder)), finetune)
         results = [run_unchanged(control, arms, seeds[0]) for control in UNCHANGED]
         results += [run_control(control, arms, seeds) for control in CONTROLS]
     Console(width=max(110, Console().width)).print(table(results))

@@ -18,11 +18,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from orchestrator.alone import this_host
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
 from orchestrator.dense import Dense, make_dense
 from orchestrator.distill import HiddenDistance
-from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune
+from orchestrator.finetune import (
+    FinetuneOptions,
+    OnStep,
+    TrainingReport,
+    finetune,
+    uses_bf16,
+)
 from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.plugins import find
@@ -30,6 +37,7 @@ from orchestrator.predict import row_lengths
 from orchestrator.problems import raise_if
 from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
+from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.space import trains
@@ -179,7 +187,10 @@ class Bench:
         hidden: HiddenDistance | None = None,
         on_step: Sequence[OnStep] = (),
     ) -> TrainingReport:
-        """Fine-tune in place on this worker's device, within the limit of a dry run."""
+        """Fine-tune in place on this worker's device, within the limit of a dry run.
+
+        Steps aside at each optimizer step for whoever measures on this host.
+        """
         return finetune(
             model,
             self.task,
@@ -187,11 +198,25 @@ class Bench:
             options,
             seed=self.recipe.seed if seed is None else seed,
             device=self.device,
-            on_step=on_step,
+            on_step=(*on_step, lambda step, num_steps: this_host().give_way()),
             teacher=teacher,
             hidden=hidden,
             max_steps=self.steps_limit if trains(options) else 0,
         )
+
+    def training_inputs(self, config: TrialConfig, numerics: Numerics | None) -> dict[str, Any]:
+        """All that a trial's trained model hangs on; equal for trials that share their training."""
+        options = FinetuneOptions(**config.finetune)
+        device = torch.device(self.device)
+        return {
+            "dense": self.dense(config.model).folder.name,
+            "prune": list(config.prune),
+            "finetune": config.finetune | {"bf16": uses_bf16(options, device)},
+            "seed": config.seed,
+            "numerics": numerics and numerics.model_dump(mode="json"),
+            "quantize": config.quantize if numerics else None,
+            "calibration_batch_size": self.recipe.calibration_batch_size,
+        }
 
     def lesson(self, model: str, options: FinetuneOptions, note: Note = _ignore) -> Lesson:
         """What a trial trains on. A teacher answers once where a row has one answer."""

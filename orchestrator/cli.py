@@ -1,4 +1,4 @@
-"""The command: plan · run · front · select · export · measure · report."""
+"""The command: plan · run · status · front · select · export · measure · report."""
 
 from __future__ import annotations
 
@@ -132,16 +132,15 @@ def run(
         _print_json(tried) if as_json else out.print(dry_run_table(tried))
         raise typer.Exit(OK if tried["works"] else NO_FRONT)
 
-    from orchestrator.launch.inline import Inline
+    from orchestrator.ledger import Held, LeaseLost
     from orchestrator.report.terminal import Progress, front_table
     from orchestrator.study import NoBaseline, Study
 
-    launcher = Inline(loaded, Path(loaded.output_dir), device=device)
     progress = Progress(loaded.objectives, console=err)
     try:
         with progress:
-            front = Study(loaded, launcher=launcher, watch=progress).run()
-    except NoBaseline as error:
+            front = Study(loaded, watch=progress, device=device).run()
+    except (NoBaseline, Held, LeaseLost) as error:
         _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
     if as_json:
@@ -173,6 +172,16 @@ def _status(front: dict[str, Any], *, strict: bool) -> int:
     for trial in errors if strict else ():
         _say_failure(f"trial {trial['trial_id']} failed: {trial['message']}")
     return NO_FRONT if strict and errors else OK
+
+
+@app.command()
+def status(study: StudyPath, as_json: AsJson = False) -> None:
+    """What a study has done and is doing, from its ledger; also while it runs, from anywhere."""
+    from orchestrator.report.status_table import status_table
+    from orchestrator.status import study_status
+
+    found = study_status(study)
+    _print_json(found) if as_json else out.print(status_table(found))
 
 
 @app.command()

@@ -54,11 +54,12 @@ class Cost:
         self.num_tried = num_tried
         self._exported: set[str] = set()
         self._answered: set[str] = set()
+        self._trained: set[str] = set()
         self.signature = cache(self._signature)
 
     def study_s(self, configs: Iterable[TrialConfig]) -> float:
         """The baselines and all configurations, those left out whose path did not work."""
-        self._exported, self._answered = set(), set()
+        self._exported, self._answered, self._trained = set(), set(), set()
         total = sum(self.baseline_s(model.id) for model in self.recipe.models)
         return total + sum(self.trial_s(config) for config in configs)
 
@@ -77,12 +78,25 @@ class Cost:
         row = self.paths.get(path_of(config))
         if row is None or not row["works"]:
             return 0.0
+        if self._is_trained(config):
+            return self._artifact_s(config, row)
         larger = self._work(config) / self._work(TrialConfig(**row["config"]))
         training = larger * self._training_s(config.finetune, row, config.model)
         overhead = max(0.0, row["stage_seconds"]["finetune"] - row["training"]["seconds"])
         answers = self._answers_s(config)
         pruning = self._prune_s(config, row)
         return float(training + overhead + answers + pruning + self._artifact_s(config, row))
+
+    def _is_trained(self, config: TrialConfig) -> bool:
+        """Whether an earlier configuration has the same training, so that there is none to do."""
+        if not num_steps(config.finetune, self.models[config.model]["num_train"]):
+            return False
+        rounded = config.quantize if config.quantize["qat"] else None
+        training = [config.model, config.prune, config.finetune, config.seed, rounded]
+        key = json.dumps(training, sort_keys=True)
+        again = key in self._trained
+        self._trained.add(key)
+        return again
 
     # -- parts -----------------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from orchestrator.trial import Diverged, TrialConfig
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
+    from orchestrator.tasks import Record
 
-VERSION = 3
+VERSION = 4
 Note = Callable[[str], None]
 
 
@@ -71,6 +72,15 @@ class _Trained:
     candidates: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A dense model that was trained, with its answers on validation."""
+
+    model: PreTrainedModel
+    options: FinetuneOptions
+    records: list[Record]
+
+
 class _Grid:
     """Trains dense models from one base and scores them on validation."""
 
@@ -81,38 +91,44 @@ class _Grid:
     def train(self, grid: list[FinetuneOptions]) -> _Trained:
         """The best of the grid is where trials start.
 
-        It is then trained on for the largest budget that any trial gets, and the better of the
-        two is the baseline.
+        It is then trained on for the largest budget that any trial gets; that becomes the baseline
+        where validation can tell that it is better, and not by chance.
         """
-        best: tuple[float, PreTrainedModel, FinetuneOptions] | None = None
+        best: _Candidate | None = None
         for number, options in enumerate(grid, 1):
             self.note(f"dense {number}/{len(grid)}")
             model = copy.deepcopy(self.base.model)
             self.bench.set_attention(model)
-            score = self._train_and_score(model, options)
-            if score is not None and (best is None or score > best[0]):
-                best = (score, model, options)
+            found = self._train_and_score(model, options)
+            if found is not None and (best is None or self._gain(found, best)[0] > 0):
+                best = found
         if best is None:
             raise Diverged(f"the dense model diverged with each of {len(grid)} baseline.finetune")
-        score, start, options = best
-        return _Trained(start, self._continued(start, score, options), options, self.candidates)
+        return _Trained(best.model, self._continued(best), best.options, self.candidates)
 
-    def _continued(
-        self, start: PreTrainedModel, score: float, options: FinetuneOptions
-    ) -> PreTrainedModel:
-        """`start` after more training, if there is any and it did good."""
-        longer = self.bench.recipe.continued_baseline(options)
+    def _continued(self, start: _Candidate) -> PreTrainedModel:
+        """`start` after more training, if there is any and it surely did good."""
+        longer = self.bench.recipe.continued_baseline(start.options)
         if longer is None:
-            return start
+            return start.model
         self.note("dense, continued")
-        continued = copy.deepcopy(start)
-        later = self._train_and_score(continued, longer, continued=True)
-        return continued if later is not None and later > score else start
+        model = copy.deepcopy(start.model)
+        continued = self._train_and_score(model, longer, continued=True)
+        if continued is None or self._gain(continued, start)[1] <= 0:
+            return start.model
+        return continued.model
+
+    def _gain(self, one: _Candidate, other: _Candidate) -> tuple[float, float]:
+        """How much better `one` is on validation, and at the least: the end of the paired interval."""
+        task = self.bench.task
+        value, *ends = task.paired_difference(one.records, other.records)
+        sign = self.bench.recipe.sign(task.quality)
+        return sign * value, min(sign * end for end in ends)
 
     def _train_and_score(
         self, model: PreTrainedModel, options: FinetuneOptions, *, continued: bool = False
-    ) -> float | None:
-        """Train in place, on to the CPU; quality on validation, larger is better, None if it diverged."""
+    ) -> _Candidate | None:
+        """Train in place, on to the CPU, and answer validation; None if it diverged."""
         bench, task = self.bench, self.bench.task
         line: dict[str, Any] = {
             "finetune": options.model_dump(mode="json"),
@@ -130,4 +146,4 @@ class _Grid:
         value = task.metrics(records)[task.quality][0]
         model.cpu()
         line |= {task.quality: value, **report.model_dump(mode="json")}
-        return value * bench.recipe.sign(task.quality)
+        return _Candidate(model, options, records)

@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator import pareto
 from orchestrator.pareto import Objective
 from orchestrator.tasks import Record, Task
-from orchestrator.trial import BadInput, TrialResult, TrialStatus
+from orchestrator.trial import BadInput, Measurement, TrialResult, TrialStatus
 
 Json = dict[str, Any]
 
@@ -30,6 +30,31 @@ class Outcome:
     @property
     def completed(self) -> bool:
         return self.result.status is TrialStatus.COMPLETED
+
+    @property
+    def is_timed_together(self) -> bool:
+        """Whether its latency was taken in one pass with the other points that are shown."""
+        return bool(self.result.details.get("timed_together"))
+
+    def replaced(self, result: TrialResult) -> Outcome:
+        """The same trial with another result."""
+        return Outcome(result, self.folder, role=self.role, reused=self.reused)
+
+    def timed_together(self, timings: Measurement) -> Outcome:
+        """The same trial with latencies from one pass with the other points that are shown."""
+        before = self.result.measurement
+        assert before is not None
+        after = before.model_copy(
+            update={
+                "metrics": before.metrics | timings.metrics,
+                "intervals": before.intervals | timings.intervals,
+                "notes": (*before.notes, *timings.notes),
+            }
+        )
+        details = self.result.details | {"timed_together": True}
+        return self.replaced(
+            self.result.model_copy(update={"measurement": after, "details": details})
+        )
 
 
 def split_outcomes(

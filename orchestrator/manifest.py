@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
 import tempfile
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from typing import Any
 from orchestrator import __version__, pareto
 from orchestrator.recipe import Recipe
 from orchestrator.stages import file_sha256, write_atomically
-from orchestrator.trial import BadInput
+from orchestrator.trial import BadInput, content_hash
+from orchestrator.widening import contradictions
 
 Json = dict[str, Any]
-NAME, SCHEMA = "manifest.json", 1
+NAME, SCHEMA = "manifest.json", 2
 OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
-MAX_SHOWN = 120  # characters of a value in a message
 
 
 def read_manifest(folder: Path) -> Json | None:
@@ -51,10 +51,19 @@ def _parsed_manifest(path: Path) -> Json:
     raise BadInput([f"output_dir: {path} {why}; choose another folder."])
 
 
+def ledger_key(folder: Path) -> str:
+    """What the folder's study is called in its ledger, which several studies may share."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return str(manifest["ledger_key"])
+    return content_hash([platform.node(), str(folder.resolve())])
+
+
 def write_manifest(folder: Path, recipe: Recipe, facts: Json) -> None:
     """Say whose folder this is: the recipe, the code, the versions, and what was learnt of the input."""
     manifest = {
         "schema": SCHEMA,
+        "ledger_key": ledger_key(folder),
         "identity": recipe.identity(),
         "recipe": recipe.resolved(),
         "slimtune": __version__,
@@ -88,31 +97,22 @@ def check_writable(folder: Path) -> None:
         raise BadInput([f"output_dir: {folder} cannot be written: {why}."]) from error
 
 
-def refuse_other_study(folder: Path, there: Json, asked: Json) -> None:
-    """Raise `BadInput` naming what differs, if the folder's study is not the recipe's."""
-    differing = list(_differences(there, asked))
-    if differing:
-        raise BadInput(
-            [
-                f"output_dir: {folder} holds a study with another `{path}`: {_shown(old)} there,"
-                f" {_shown(new)} here; choose another output_dir or the recipe of that study."
-                for path, old, new in differing
-            ]
-        )
+def open_study(folder: Path, recipe: Recipe) -> Json | None:
+    """The facts that the folder's study has learnt; None for a new one.
 
-
-def _differences(there: Any, asked: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two nested values differ, as (path, one, other)."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for key in {**asked, **there}:
-            yield from _differences(there.get(key), asked.get(key), f"{path}.{key}".lstrip("."))
-    elif there != asked:
-        yield path, there, asked
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+    Raises `BadInput` naming what differs, if the recipe contradicts the study that is there.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if manifest["identity"] != recipe.identity():
+        there = Recipe.from_resolved(manifest["recipe"])
+        if found := contradictions(there, recipe):
+            where = f"output_dir: {folder} holds a study with"
+            way = "choose another output_dir or the recipe of that study."
+            raise BadInput([f"{where} {difference}; {way}" for difference in found])
+    facts: Json = manifest["facts"]
+    return facts
 
 
 def package_files() -> Json:

@@ -96,6 +96,10 @@ class Range(Parameter):
         else:
             edge = 0.5 - 1e-9 if self.whole else 0.0  # whole numbers are rounded to
             value = rng.uniform(low - edge, high + edge)
+        return self.nearest(value)
+
+    def nearest(self, value: float) -> Number:
+        """The number between the bounds that is closest to `value`; a `step` is not looked at."""
         return self._tidy(np.array([value]))[0]
 
     def _tidy(self, values: np.ndarray) -> tuple[Number, ...]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.artifact import DESCRIPTION, verify
-from orchestrator.launch.inline import Inline
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import read_manifest
 from orchestrator.recipe import Recipe
@@ -69,13 +68,19 @@ def _run_again(
     study: Path, folder: Path, result: TrialResult, note: Callable[[str], None]
 ) -> TrialResult:
     """The trial, or the dense baseline, once more, with its test scores if it had any."""
-    launcher = Inline(recipe_of(study), study)
+    from orchestrator.quiet import quiet
+
+    quiet()
+    from orchestrator.bench import Bench
+    from orchestrator.run_trial import measure_test, run_baseline, run_trial
+
+    bench = Bench(recipe_of(study), study)
     if folder.relative_to(study).parts[0] == "baseline":
-        again = launcher.baseline(result.config.model, note)
+        again = run_baseline(result.config.model, bench, note)
     else:
-        again = launcher.trial(result.config, note)
+        again = run_trial(result.config, bench, note)
     if again.artifact is not None and result.test is not None:
-        test, sha256 = launcher.test(folder / again.artifact, result.config)
+        test, sha256 = measure_test(folder / again.artifact, result.config, bench)
         again = again.model_copy(update={"test": test, "sha256": sha256})
     return again
 

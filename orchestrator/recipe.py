@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -19,10 +20,12 @@ from pydantic import (
     PositiveInt,
     SkipValidation,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from orchestrator import recipe_checks as checks
+from orchestrator.budget import Budget
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.measure import MeasureOptions
 from orchestrator.metrics import DIRECTIONS
@@ -31,15 +34,17 @@ from orchestrator.pareto import Objective
 from orchestrator.plugins import name_of
 from orchestrator.problems import Problem, describe
 from orchestrator.recipe_file import override, read, told
+from orchestrator.resources import Resources
 from orchestrator.runtimes import Target
-from orchestrator.search import SEARCHERS, Searcher
+from orchestrator.search import SEARCHERS, Goal, Searcher
 from orchestrator.signature import Signature
 from orchestrator.space import Space, grid, infeasible, predict, resolve, trains
 from orchestrator.tasks import TASKS, Task
 from orchestrator.trial import BadInput, Frozen, TrialConfig, content_hash
 
 MAX_CHECKED = 500  # configurations that are looked through for one that can work; others may
-NOT_IDENTITY = ("name", "output_dir", "keep")  # may differ between runs of one study
+# may differ between runs of one study
+NOT_IDENTITY = ("name", "output_dir", "keep", "resources", "budget", "ledger")
 
 
 class TokenizerOptions(Frozen):
@@ -118,9 +123,22 @@ class Recipe(Frozen):
     calibration_batch_size: int = Field(16, gt=0)
     seed: int = Field(0, ge=0)
     keep: Literal["front", "all"] = "front"
+    resources: Resources = Resources()
+    budget: Budget = Budget()
+    ledger: str | None = Field(None, pattern="^postgresql://")
     allow_code: bool = False
     source: str = Field("", exclude=True, repr=False)
     overrides: tuple[str, ...] = Field((), exclude=True)
+
+    @field_validator("ledger")
+    @classmethod
+    def _holds_no_secret(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).password is not None:
+            raise ValueError(
+                "names a password, which would be written down: leave it out, and set PGPASSWORD"
+                " or use a .pgpass file"
+            )
+        return url
 
     @classmethod
     def from_resolved(cls, values: Mapping[str, Any], *, output_dir: Path | None = None) -> Recipe:
@@ -188,9 +206,14 @@ class Recipe(Frozen):
 
     def asked(self) -> Iterator[TrialConfig]:
         """Every configuration the search asks for, were none of them to teach it anything."""
-        search = self.search.start(self.space, seed=self.seed)
-        while (config := search.ask()) is not None:
-            yield config
+        search = self.search.start(self.space, seed=self.seed, goal=self.goal)
+        while (ask := search.ask()) is not None:
+            yield ask.config
+
+    @property
+    def goal(self) -> Goal:
+        """What the search is after."""
+        return Goal(objectives=self.objectives, limits=self.limits)
 
     def num_trials(self) -> int:
         """How many configurations the search asks for."""

@@ -20,6 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator import artifact as artifacts
+from orchestrator import checkpoint
+from orchestrator.alone import this_host
 from orchestrator.bench import Bench, Note
 from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport
 from orchestrator.lessons import hidden_distance
@@ -47,6 +49,7 @@ from orchestrator.trial import (
     TrialStatus,
 )
 
+TRAINED_VERSION = 1
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "bad allocation",
@@ -70,7 +73,8 @@ class Clock:
         if self._stage:
             before = self.seconds.get(self._stage, 0.0)
             self.seconds[self._stage] = round(before + now - self._since, 3)
-        self._stage, self._since = stage, now
+        this_host().give_way()
+        self._stage, self._since = stage, time.perf_counter()
         if stage:
             self.log(stage)
             self._note(stage)
@@ -132,8 +136,54 @@ def measure_test(folder: Path, config: TrialConfig, bench: Bench) -> tuple[Measu
 
 def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> Delivered:
     quantize = QuantizeOptions(**config.quantize)
-    options = FinetuneOptions(**config.finetune)
     numerics = bench.runtime.numerics(quantize, bench.target)
+    trained = _train_once(config, numerics if quantize.qat else None, bench, clock)
+
+    clock("convert")
+    trained.model.cpu().eval()
+    converted = _converted(trained.model, numerics, quantize)
+    served = Served(bench, config, folder / "artifact", trained.tokenizer)
+    return _deliver(trained.model, converted, served, clock, trained.details)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A pruned model at the end of its training, its tokenizer, and what its stages report."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    details: dict[str, Any]
+
+
+def _train_once(
+    config: TrialConfig, numerics: Numerics | None, bench: Bench, clock: Clock
+) -> Trained:
+    """`_train`, or what it came to in a trial that differs only in what comes after.
+
+    `numerics` are what is trained for, None without QAT.
+    """
+    ignore = QuantizeOptions(**config.quantize).ignore
+    if not trains(FinetuneOptions(**config.finetune)) or bench.steps_limit is not None:
+        return _train(config, numerics, bench, clock)
+    done: list[Trained] = []
+
+    def build(folder: Path) -> None:
+        done.append(_train(config, numerics, bench, clock))
+        done[0].model.cpu()
+        checkpoint.save(folder, done[0].model, done[0].tokenizer, done[0].details)
+
+    inputs = bench.training_inputs(config, numerics)
+    folder = bench.stages.once("trained", inputs, build, version=TRAINED_VERSION)
+    if done:
+        return done[0]
+    clock("load")
+    dense = bench.dense_model(config.model, trained_on=True)
+    return Trained(*checkpoint.load(folder, dense, numerics=numerics, ignore=ignore))
+
+
+def _train(config: TrialConfig, numerics: Numerics | None, bench: Bench, clock: Clock) -> Trained:
+    quantize = QuantizeOptions(**config.quantize)
+    options = FinetuneOptions(**config.finetune)
 
     clock("load")
     model = bench.dense_model(config.model, trained_on=trains(options)).to(bench.device)
@@ -142,7 +192,7 @@ def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> 
 
     clock("prepare")
     on_step: list[OnStep] = [pruning.on_step for pruning in pruned.prunings]
-    if quantize.qat:
+    if numerics is not None:
         prepare(model, numerics, ignore=quantize.ignore)
         on_step.append(_switch_on(model, quantize.qat_start))
 
@@ -155,12 +205,7 @@ def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> 
         "training": training.model_dump(mode="json"),
         "peak_training_memory_mb": peak_mb(bench.device),
     }
-
-    clock("convert")
-    model.cpu().eval()
-    converted = _converted(model, numerics, quantize)
-    served = Served(bench, config, folder / "artifact", pruned.tokenizer)
-    return _deliver(model, converted, served, clock, details)
+    return Trained(model, pruned.tokenizer, details)
 
 
 @dataclass(frozen=True)

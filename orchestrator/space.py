@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, ValidationError
@@ -106,14 +107,15 @@ def _meets(config: TrialConfig, path: str, wanted: Any) -> bool:
     return any(value in as_list(wanted) for value in values)
 
 
-def grid(space: Space) -> Iterator[TrialConfig]:
+def grid(space: Space, *, most: int | None = None) -> Iterator[TrialConfig]:
     """Every configuration that is allowed, each once; what the recipe writes last turns fastest.
 
-    Raises ValueError for a range that does not say where its grid points are.
+    `most` bounds how many combinations are looked at. Raises ValueError for a range that does not
+    say where its grid points are.
     """
     digits: list[int] = []
     seen: set[str] = set()
-    while True:
+    for _ in count() if most is None else range(most):
         sizes: list[int] = []
 
         def suggest(_: str, parameter: Choice | Range, sizes: list[int] = sizes) -> Number:

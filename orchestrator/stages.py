@@ -33,14 +33,18 @@ def folder_sha256(folder: Path, *, leave_out: frozenset[str] = frozenset()) -> d
     return {name: file_sha256(path) for name, path in names.items() if name not in leave_out}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader sees the old or the new file, never a part."""
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` so that a reader sees the old or the new file, never a part.
+
+    A `durable` file is on the disk, whatever the machine does next, before this returns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            os.fsync(stream.fileno())
     temporary.replace(path)
 
 

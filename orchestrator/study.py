@@ -1,49 +1,54 @@
-"""The loop: ask → place → measure → tell, then the front. Resuming is the same code.
+"""The loop: ask → place → hear → tell, then the front. Resuming is the same code.
 
-What is finished is read back from the study's folder and is not run again.
+The ledger is the truth: what it holds is taken in as if it happened now, and then the loop goes on.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 from orchestrator import front as fronts
 from orchestrator import pareto
-from orchestrator.artifact import DamagedArtifact, read_predictions
+from orchestrator.budget import Spent
+from orchestrator.conclusion import Conclusion
+from orchestrator.disk import Disk
+from orchestrator.dispatch import Dispatch
 from orchestrator.front import Json, Outcome
-from orchestrator.launch import Launcher
-from orchestrator.launch.inline import Inline
-from orchestrator.ledger import Ledger
-from orchestrator.manifest import (
-    check_writable,
-    read_manifest,
-    refuse_other_study,
-    write_manifest,
-)
+from orchestrator.launch import Launcher, Lost, Told, make_launcher
+from orchestrator.ledger import Event, Held, Ledger
+from orchestrator.manifest import check_writable, ledger_key, open_study, write_manifest
+from orchestrator.outcomes import Outcomes
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
-from orchestrator.report import wording, write_report
+from orchestrator.report import wording
+from orchestrator.search import Ask
 from orchestrator.signature import Signature
-from orchestrator.space import infeasible, predict
 from orchestrator.stages import write_atomically
 from orchestrator.trial import (
+    Kind,
+    Measurement,
     Reason,
+    Result,
     TrialConfig,
     TrialResult,
     TrialStatus,
+    Work,
 )
 
 RESULT = "measurement.json"
 TRIED_AGAIN = {Reason.OOM, Reason.TIMEOUT, Reason.ERROR}  # the others would end the same way
+MAX_SHOWN = 500  # configurations that are looked through for what tells them apart
+Planned = tuple[str, TrialConfig]  # a role, and what it is for
 
 
 class Watch(Protocol):
-    """Who looks on while a study runs.
+    """Who looks on while a study runs; `key` names a work, `total` is None where nobody knows.
 
     `phase` begins work that belongs to no trial, `note` tells what a reader of the numbers must
     know, `trial_reused` is for what an earlier run has done. Trial 0 is the dense baseline.
@@ -51,9 +56,10 @@ class Watch(Protocol):
 
     def phase(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
-    def trial_started(self, number: int, total: int, text: str) -> None: ...
-    def stage(self, text: str) -> None: ...
-    def trial_finished(self, result: TrialResult) -> None: ...
+    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None: ...
+    def stage(self, key: str, text: str) -> None: ...
+    def trial_lost(self, key: str, text: str) -> None: ...
+    def trial_finished(self, key: str, result: TrialResult) -> None: ...
     def trial_reused(self, result: TrialResult) -> None: ...
 
 
@@ -62,9 +68,10 @@ class Silent:
 
     def phase(self, text: str) -> None: ...
     def note(self, text: str) -> None: ...
-    def trial_started(self, number: int, total: int, text: str) -> None: ...
-    def stage(self, text: str) -> None: ...
-    def trial_finished(self, result: TrialResult) -> None: ...
+    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None: ...
+    def stage(self, key: str, text: str) -> None: ...
+    def trial_lost(self, key: str, text: str) -> None: ...
+    def trial_finished(self, key: str, result: TrialResult) -> None: ...
     def trial_reused(self, result: TrialResult) -> None: ...
 
 
@@ -80,14 +87,24 @@ class Study:
     """
 
     def __init__(
-        self, recipe: Recipe, *, launcher: Launcher | None = None, watch: Watch | None = None
+        self,
+        recipe: Recipe,
+        *,
+        launcher: Launcher | None = None,
+        watch: Watch | None = None,
+        device: str | None = None,
     ) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
-        self.launcher = launcher or Inline(recipe, self.folder)
+        self.launcher = launcher or make_launcher(recipe, self.folder, device=device)
         self.watch = watch or Silent()
-        self.outcomes: dict[str, Outcome] = {}
-        self.baselines: dict[str, Outcome] = {}
+        self.launcher.hear = self._hear
+        self.outcomes = Outcomes(recipe)
+        self.disk = Disk(self.folder)
+        self.spent = Spent()
+        self._number = 0
+        self._asked: set[str] = set()
+        self._pending: deque[Planned] = deque()
 
     # -- the sentence ----------------------------------------------------------------------------
 
@@ -95,15 +112,13 @@ class Study:
         """Finish the study. Raises `BadInput`, and `NoBaseline` when the dense model failed."""
         self._open()
         try:
+            self._recall()
             self._run_baselines()
-            for role, config in self._planned():
-                self._outcome(config, role=role)
-            self._run_search()
+            self._run_trials()
             self._run_random_twin()
-            return self._conclude()
+            return Conclusion(self).run()
         finally:
-            self.ledger.close()
-            self.launcher.close()
+            self._close()
 
     def front(self) -> Json:
         """front.json of the finished study."""
@@ -122,17 +137,39 @@ class Study:
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Check or write the manifest, and learn the facts about data and models."""
+        """Take the study's ledger, check or write the manifest, learn the facts about data and models."""
         check_writable(self.folder)
-        manifest = read_manifest(self.folder)
-        if manifest is not None:
-            refuse_other_study(self.folder, manifest["identity"], self.recipe.identity())
-        self.facts: Json = manifest["facts"] if manifest else self._learn_facts()
-        self.recipe.check_facts(self.facts)
-        self.ledger = Ledger(self.folder / "ledger", self.recipe.name)
-        if manifest is None:
-            write_atomically(self.folder / "recipe.yaml", self.recipe.source)
-        write_manifest(self.folder, self.recipe, self.facts)
+        begun = open_study(self.folder, self.recipe)
+        self.ledger = Ledger(self.recipe.ledger or self.folder / "ledger", ledger_key(self.folder))
+        try:
+            self.ledger.take()
+        except Held:
+            self.ledger.close()
+            raise
+        self.dispatch = Dispatch(
+            self.launcher,
+            self.ledger,
+            max_attempts=self.recipe.resources.max_attempts,
+            devices=max(1, self.recipe.resources.gpus_per_trial or 1),
+        )
+        self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
+        try:
+            self.facts: Json = begun or self._learn_facts()
+            self.recipe.check_facts(self.facts)
+            if not (self.folder / "recipe.yaml").exists():
+                write_atomically(self.folder / "recipe.yaml", self.recipe.source)
+            write_manifest(self.folder, self.recipe, self.facts)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        """Free what runs, say so in the ledger, and let another driver take the study."""
+        try:
+            self.dispatch.abandon("the driver ended")
+        finally:
+            self.launcher.close()
+            self.ledger.close()
 
     def _learn_facts(self) -> Json:
         """Data and models read for the first time; what a reader must know of them is told once."""
@@ -143,243 +180,288 @@ class Study:
         return facts
 
     def signature(self, model: str) -> Signature:
-        return Signature.model_validate(self.facts["models"][model]["signature"])
+        return self._signatures[model]
+
+    @cached_property
+    def _signatures(self) -> dict[str, Signature]:
+        models = self.facts["models"].items()
+        return {name: Signature.model_validate(facts["signature"]) for name, facts in models}
+
+    # -- what the ledger knows -------------------------------------------------------------------
+
+    def _recall(self) -> None:
+        """Take in every event of earlier runs, in their order."""
+        self._search = self.recipe.search.start(
+            self.recipe.space,
+            seed=self.recipe.seed,
+            goal=self.recipe.goal,
+        )
+        unfinished: dict[str, Planned] = {}
+        takes = {
+            "asked": self._recall_ask,
+            "finished": self._recall_result,
+            "measured": self._recall_measured,
+            "lost": self._recall_lost,
+        }
+        runs: dict[int, tuple[float, float]] = {}
+        for event in self.ledger.events():
+            first, _ = runs.get(event.lease, (event.time, event.time))
+            runs[event.lease] = (first, event.time)
+            if event.kind in takes:
+                takes[event.kind](event)
+            if event.kind == "asked":
+                config = TrialConfig(**event.payload["config"])
+                unfinished[event.key] = ("trial", config)
+        self.spent.wall_s = sum(last - first for first, last in runs.values())
+        self._began = self.launcher.now()
+        for key, planned in unfinished.items():
+            if self.outcomes.get(key) is None:
+                self._pending.append(planned)
+        for outcome in self.outcomes:
+            if outcome.role != "baseline":
+                self.watch.trial_reused(outcome.result)
+                if self._may_pass(outcome):
+                    self._pending.append((outcome.role, outcome.result.config))
+                else:
+                    self._number += 1
+
+    def _recall_ask(self, event: Event) -> None:
+        ask = Ask(TrialConfig(**event.payload["config"]), event.payload.get("drawn", {}))
+        self._search.replay(ask)
+        self._count_ask(ask)
+
+    def _recall_result(self, event: Event) -> None:
+        result = TrialResult.model_validate(event.payload["result"])
+        self.spent.device_s += result.device_seconds * self.dispatch.devices
+        role = event.payload["role"]
+        outcome = Outcome(result, self.folder_of(result, role), role=role, reused=True)
+        self.outcomes.add(outcome)
+        self._learn(outcome)
+
+    def _recall_measured(self, event: Event) -> None:
+        outcome = self.outcomes.get(event.key)
+        if outcome is None:
+            return
+        kind, payload = event.payload["kind"], event.payload["measurement"]
+        measured = Measurement.model_validate(payload)
+        if kind == "test":
+            update = {"test": measured, "sha256": event.payload["sha256"]}
+            self.outcomes.add(outcome.replaced(outcome.result.model_copy(update=update)))
+        else:
+            self.outcomes.add(outcome.timed_together(measured))
+
+    def _recall_lost(self, event: Event) -> None:
+        self.spent.device_s += event.payload["device_seconds"]
+
+    def _may_pass(self, outcome: Outcome) -> bool:
+        """Whether a failure is worth another attempt in this run."""
+        result = outcome.result
+        if not outcome.reused or result.reason not in TRIED_AGAIN:
+            return False
+        return self.ledger.attempts(result.trial_id) < self.recipe.resources.max_attempts
 
     # -- trials ----------------------------------------------------------------------------------
 
     def _run_baselines(self) -> None:
+        """The dense model of each base model, before anything that is compared with it."""
+        left: deque[Work] = deque()
         for options in self.recipe.models:
-            folder = self.recipe.baseline_folder(self.folder, options.id)
-            result = read_result(folder)
-            reused = result is not None and result.status is TrialStatus.COMPLETED
-            if result is None or not reused:
-                result = self._run_baseline(options.id, folder)
+            outcome = self.outcomes.baselines.get(options.id)
+            if outcome is not None and outcome.completed:
+                self.watch.trial_reused(outcome.result)
             else:
-                self.watch.trial_reused(result)
-            if result.status is not TrialStatus.COMPLETED:
-                raise NoBaseline(f"the dense baseline of {options.id} failed: {result.message}")
-            outcome = Outcome(result, folder, role="baseline", reused=reused)
-            self.baselines[options.id] = self.outcomes[result.trial_id] = outcome
+                left.append(self._work("baseline", f"baseline:{options.id}", model=options.id))
 
-    def _run_baseline(self, model: str, folder: Path) -> TrialResult:
-        self.watch.trial_started(0, self.num_planned, f"dense baseline {model}")
-        self.ledger.append("started", f"baseline:{model}")
-        result = self.launcher.baseline(model, self.watch.stage)
-        self._record(result, folder)
-        self.watch.trial_finished(result)
-        return result
+        def next_work() -> Work | None:
+            if not left:
+                return None
+            work = left.popleft()
+            self._tell_start(work.key, 0, f"dense baseline {work.model}")
+            return work
 
-    def _planned(self) -> Iterator[tuple[str, TrialConfig]]:
+        self.dispatch.run(next_work, self._baseline_ended)
+
+    def _baseline_ended(self, work: Work, result: Result | Lost) -> None:
+        if isinstance(result, Lost):
+            raise NoBaseline(f"the dense baseline of {work.model} failed: {result.message}")
+        assert isinstance(result, TrialResult)
+        self._record(work, result, role="baseline")
+        if result.status is not TrialStatus.COMPLETED:
+            raise NoBaseline(f"the dense baseline of {work.model} failed: {result.message}")
+
+    def _run_trials(self) -> None:
+        """References, what earlier runs have left, and whatever the search asks for."""
+        self._pending.extendleft(reversed(list(self._references())))
+        self.dispatch.run(self._next_trial, self._trial_ended)
+
+    def _references(self) -> Iterator[Planned]:
         """The references that are known before the search."""
         for options in self.recipe.models:
             arguments = (self.recipe, options.id, self.signature(options.id))
             yield from dense_int8(*arguments)
             yield from first_layers(*arguments)
 
-    def _run_search(self) -> None:
-        search = self.recipe.search.start(self.recipe.space, seed=self.recipe.seed)
-        while (config := search.ask()) is not None:
-            self.ledger.append("asked", config.id, config=config.model_dump(mode="json"))
-            outcome = self._outcome(config, role="trial")
-            search.tell(config.id, outcome.metrics or None, outcome.result.status)
-
     def _run_random_twin(self) -> None:
         if not self.recipe.references.random_twin:
             return
-        front, dominated, _ = self._split()
+        front, dominated, _ = self.outcomes.split()
         trials = [o.result.config for o in (*front, *dominated) if o.role == "trial"]
-        for config in random_twin(trials):
-            self._outcome(config, role="random twin")
+        self._pending.extend(("random twin", config) for config in random_twin(trials))
+        self.dispatch.run(lambda: self._next_pending(), self._trial_ended)
 
-    def _outcome(self, config: TrialConfig, *, role: str) -> Outcome:
-        """What became of a configuration: known already, ruled out, or run now."""
-        if config.id in self.outcomes:
-            return self.outcomes[config.id]
-        folder = self.folder / "trials" / config.id
-        result = read_result(folder)
-        reused = result is not None and result.reason not in TRIED_AGAIN
-        if result is None or not reused:
-            result = self._ruled_out(config) or self._run(config, role)
-            self._record(result, folder)
-        else:
-            self.watch.trial_reused(result)
-        outcome = Outcome(result, folder, role=role, reused=reused)
-        self.outcomes[config.id] = outcome
-        return outcome
+    def _next_trial(self) -> Work | None:
+        """The next trial that has to run: one that waits, else one that the search asks for."""
+        while True:
+            if (work := self._next_pending()) is not None:
+                return work
+            if self._is_over() or (ask := self._search.ask()) is None:
+                return None
+            config = ask.config.model_dump(mode="json")
+            self.ledger.append(
+                "asked", ask.config.id, role="trial", config=config, drawn=dict(ask.drawn)
+            )
+            self._count_ask(ask)
+            self._pending.append(("trial", ask.config))
 
-    def _run(self, config: TrialConfig, role: str) -> TrialResult:
-        number = sum(o.role != "baseline" for o in self.outcomes.values()) + 1
-        self.watch.trial_started(number, self.num_planned, self._words(config, role))
-        self.ledger.append("started", config.id, attempt=self.ledger.attempts(config.id) + 1)
-        result = self.launcher.trial(config, self.watch.stage)
-        self.watch.trial_finished(result)
-        return result
+    def _next_pending(self) -> Work | None:
+        """The next that waits and has to run; what need not be trained is recorded as it is met."""
+        while self._pending:
+            role, config = self._pending.popleft()
+            known = self.outcomes.get(config.id)
+            if known is not None and not self._may_pass(known):
+                continue
+            reason = self.outcomes.ruled_out(config, self.signature(config.model))
+            if reason is None:
+                work = self._work("trial", config.id, config=config)
+                self._roles[config.id] = role
+                self._number += 1
+                self._tell_start(config.id, self._number, self._words(config, role))
+                return work
+            self._record_ruled_out(config, role, reason)
+        return None
 
-    def _words(self, config: TrialConfig, role: str) -> str:
-        words = wording.describe(config.model_dump(mode="json"), shown=self._shown)
-        return words if role == "trial" else f"{role}: {words}"
-
-    def _ruled_out(self, config: TrialConfig) -> TrialResult | None:
-        """A result without training: it cannot work, breaks a limit, or is dominated at best."""
-        signature = self.signature(config.model)
-        reason = infeasible(config, signature, self.recipe)
-        if reason is None:
-            known = predict(config, signature, self.recipe)
-            reason = self._over_limit(known) or self._dominated_at_best(config, known)
-        if reason is None:
-            return None
-        return TrialResult(
+    def _record_ruled_out(self, config: TrialConfig, role: str, reason: str) -> None:
+        result = TrialResult(
             trial_id=config.id,
             config=config,
             status=TrialStatus.SKIPPED,
             reason=Reason.INFEASIBLE,
             message=reason,
         )
+        self._roles[config.id] = role
+        self._record(self._work("trial", config.id, config=config), result, role=role)
 
-    def _over_limit(self, known: dict[str, float]) -> str | None:
-        for limit in self.recipe.limits:
-            if limit.name in known and not limit.allows(known[limit.name]):
-                return (
-                    f"its {limit.name} of {known[limit.name]:.4g} breaks the limit before training"
-                )
-        return None
+    def _trial_ended(self, work: Work, result: Result | Lost) -> None:
+        assert work.config is not None
+        if isinstance(result, Lost):
+            self.ledger.append("given_up", work.key, attempt=work.attempt)
+            result = TrialResult(
+                trial_id=work.key,
+                config=work.config,
+                status=TrialStatus.FAILED,
+                reason=result.reason,
+                message=f"{result.message} (attempt {work.attempt})",
+            )
+        assert isinstance(result, TrialResult)
+        self._record(work, result, role=self._roles[work.key])
 
-    def _dominated_at_best(self, config: TrialConfig, known: dict[str, float]) -> str | None:
-        """Ruled out when a finished trial is at least as good as dense, at no more of any known cost.
+    def _is_over(self) -> bool:
+        """Whether the budget, or the disk, allows no further trial; said once."""
+        self.spent.wall_s += self.launcher.now() - self._began
+        self._began = self.launcher.now()
+        spent = Spent(
+            self.spent.num_trials, self.spent.device_s + self.dispatch.device_s, self.spent.wall_s
+        )
+        reason = self.recipe.budget.used_up(spent) or self.disk.nearly_full(
+            self.outcomes.largest_mb
+        )
+        if reason is not None and reason not in self._said:
+            self._said.add(reason)
+            self.watch.note(f"no further trial is begun: {reason}")
+        return reason is not None
 
-        Needs every other objective to be known from the shape.
-        """
-        quality = self.recipe.task.quality
-        costs = [o for o in self.recipe.objectives if o.name != quality]
-        if not all(o.name in known for o in costs):
-            return None
-        dense = self.baselines[config.model].metrics
-        best = {quality: dense[quality]} | known
-        hopeful = pareto.normalise([best], self.recipe.objectives)[0]
-        for outcome in self.outcomes.values():
-            if outcome.completed:
-                rival = pareto.normalise([outcome.metrics], self.recipe.objectives)[0]
-                if pareto.dominates(rival, hopeful):
-                    return f"{outcome.result.trial_id} dominates it even at the dense model's {quality}"
-        return None
+    # -- recording -------------------------------------------------------------------------------
 
-    def _record(self, result: TrialResult, folder: Path) -> None:
-        """Keep a result: for people as files, for the study in the ledger."""
-        config = json.dumps(result.config.model_dump(mode="json"), indent=1)
-        write_atomically(folder / "config.json", config)
-        write_atomically(folder / RESULT, result.model_dump_json(indent=1))
+    def _work(
+        self, kind: Kind, key: str, *, model: str = "", config: TrialConfig | None = None
+    ) -> Work:
+        attempt = self.ledger.attempts(key) + 1
+        return Work(kind=kind, key=key, attempt=attempt, model=model, config=config)
+
+    def _record(self, work: Work, result: TrialResult, *, role: str) -> None:
+        """Keep a result: in the ledger, then for people as files, then in what the search knows."""
+        self.spent.device_s += result.device_seconds * self.dispatch.devices
+        outcome = Outcome(result, self.folder_of(result, role), role=role, reused=False)
+        self.outcomes.add(outcome)
         self.ledger.append(
             "finished",
-            result.trial_id,
-            attempt=max(1, self.ledger.attempts(result.trial_id)),
-            status=result.status.value,
-            reason=result.reason.value if result.reason else None,
-            device_seconds=result.device_seconds,
+            work.key,
+            attempt=work.attempt,
+            role=role,
+            result=result.model_dump(mode="json"),
+            hypervolume=self.outcomes.hypervolume,
         )
+        self.write(outcome)
+        self._learn(outcome)
+        if result.status is not TrialStatus.SKIPPED:
+            self.watch.trial_finished(work.key, result)
 
-    # -- the front -------------------------------------------------------------------------------
+    def record_failure(self, outcome: Outcome) -> None:
+        """A finished trial turns out to be worth nothing."""
+        result, role = outcome.result, outcome.role
+        key = f"baseline:{result.config.model}" if role == "baseline" else result.trial_id
+        work = self._work("baseline" if role == "baseline" else "trial", key, config=result.config)
+        self._record(work, result.model_copy(update={"device_seconds": 0.0}), role=role)
 
-    def _split(self) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
-        return fronts.split_outcomes(
-            list(self.outcomes.values()), self.recipe.objectives, self.recipe.limits
-        )
+    def _learn(self, outcome: Outcome) -> None:
+        """What the search is told of a result; asked again, it is known under the same role."""
+        self._roles[outcome.result.trial_id] = outcome.role
+        if outcome.result.trial_id in self._asked:
+            self._tell(outcome)
 
-    def _conclude(self) -> Json:
-        """Score the front on the test split, write front.json and the report, drop what is dominated."""
-        self.watch.phase("scoring the front on the test split")
-        while untested := self._untested():
-            for outcome in untested:
-                self._test(outcome)
-        front, dominated, over = self._split()
-        if self.recipe.keep == "front":
-            for outcome in (*dominated, *over):
-                self._drop(outcome)
-        text = self._front_json(front, dominated, over)
-        write_atomically(self.folder / "front.json", json.dumps(text, indent=1))
-        write_report(self.folder)
-        return text
+    def _count_ask(self, ask: Ask) -> None:
+        """One more configuration asked for; what is known of it already is told at once."""
+        self.spent.num_trials += 1
+        self._asked.add(ask.config.id)
+        known = self.outcomes.get(ask.config.id)
+        if known is not None:
+            self._tell(known)
 
-    def _references(self) -> list[Outcome]:
-        own = [o for o in self.outcomes.values() if o.role not in ("trial", "baseline")]
-        return [o for o in own if o.completed]
-
-    def _untested(self) -> list[Outcome]:
-        """What is to be scored on the test split: the front, baselines and references."""
-        front, _, _ = self._split()
-        shown = [*self.baselines.values(), *self._references(), *front]
-        return [o for o in shown if o.result.test is None and o.result.artifact is not None]
-
-    def _test(self, outcome: Outcome) -> None:
-        """Score an artifact; one that is damaged fails its trial."""
+    def _tell(self, outcome: Outcome) -> None:
         result = outcome.result
-        assert result.artifact is not None
-        try:
-            measured, sha256 = self.launcher.test(outcome.folder / result.artifact, result.config)
-        except DamagedArtifact as error:
-            outcome.result = _damaged(result, error)
-            self._record(outcome.result, outcome.folder)
-            if outcome.role == "baseline":
-                raise NoBaseline(f"{error}; the same command makes it again") from error
-            return
-        outcome.result = result.model_copy(update={"test": measured, "sha256": sha256})
-        write_atomically(outcome.folder / RESULT, outcome.result.model_dump_json(indent=1))
-        self.ledger.append("measured", result.trial_id, test=measured.metrics)
+        self._search.tell(result.config, outcome.metrics or None, result.status)
 
-    def _drop(self, outcome: Outcome) -> None:
-        """Delete a dominated artifact; its command builds it again."""
-        if outcome.role != "trial" or outcome.result.artifact is None:
-            return
-        shutil.rmtree(outcome.folder / outcome.result.artifact, ignore_errors=True)
-        outcome.result = outcome.result.model_copy(update={"artifact": None})
-        write_atomically(outcome.folder / RESULT, outcome.result.model_dump_json(indent=1))
+    def folder_of(self, result: TrialResult, role: str) -> Path:
+        """Where a trial lies in the study's folder."""
+        if role == "baseline":
+            return self.recipe.baseline_folder(self.folder, result.config.model)
+        return self.folder / "trials" / result.trial_id
 
-    def _front_json(
-        self, front: list[Outcome], dominated: list[Outcome], over: list[Outcome]
-    ) -> Json:
-        baseline = next(iter(self.baselines.values()))
-        objectives = self.recipe.objectives
-        reference_point = pareto.reference_point(objectives)
-        records = {o.result.trial_id: self._records(o) for o in front}
-        close = fronts.within_noise(front, self.recipe.task, records)
-        outcomes = list(self.outcomes.values())
+    def write(self, outcome: Outcome) -> None:
+        """A result as files for people; the ledger has it already."""
+        config = json.dumps(outcome.result.config.model_dump(mode="json"), indent=1)
+        write_atomically(outcome.folder / "config.json", config, durable=False)
+        text = outcome.result.model_dump_json(indent=1)
+        write_atomically(outcome.folder / RESULT, text, durable=False)
 
-        def points(group: list[Outcome]) -> list[Json]:
-            runtime = self.recipe.target.runtime
-            return [
-                fronts.point(
-                    o, study=self.folder, runtime=runtime, close=close.get(o.result.trial_id, ())
-                )
-                for o in group
-            ]
+    # -- telling ---------------------------------------------------------------------------------
 
-        return {
-            "schema": 1,
-            "study": self.recipe.name,
-            "quality": self.recipe.task.quality,
-            "target": self.recipe.target.model_dump(mode="json"),
-            "fingerprint": self.facts["fingerprint"],
-            "objectives": [{"name": o.name, "direction": o.direction} for o in objectives],
-            "limits": [limit.model_dump(mode="json") for limit in self.recipe.limits],
-            "reference_point": reference_point,
-            "hypervolume": fronts.hypervolume(front, baseline.metrics, objectives, reference_point),
-            "baseline": points([baseline])[0],
-            "points": points(front),
-            "references": points([*self.baselines.values(), *self._references()]),
-            "dominated": points(dominated),
-            "over_limit": points(over),
-            "trials": fronts.counts(outcomes),
-            "all_trials": [fronts.trial_row(o) for o in outcomes],
-            "device_seconds": sum(o.result.device_seconds for o in outcomes),
-        }
+    def _hear(self, told: Told) -> None:
+        self.ledger.append("stage", told.work.key, attempt=told.work.attempt, stage=told.stage)
+        self.watch.stage(told.work.key, told.stage)
 
-    def _records(self, outcome: Outcome) -> list[Json]:
-        if outcome.result.artifact is None:
-            return []
-        return read_predictions(outcome.folder / outcome.result.artifact, "validation")
+    def _tell_start(self, key: str, number: int, text: str) -> None:
+        self.watch.trial_started(key, number, self.num_planned, text)
+
+    def _words(self, config: TrialConfig, role: str) -> str:
+        words = wording.describe(config.model_dump(mode="json"), shown=self._shown)
+        return words if role == "trial" else f"{role}: {words}"
 
     @cached_property
-    def num_planned(self) -> int:
-        """How many trials there will be, references included."""
+    def num_planned(self) -> int | None:
+        """How many trials there will be, references included, where that is known."""
+        if len(self._known_ahead) > MAX_SHOWN:
+            return None
         return len(self._known_ahead) + self.recipe.references.random_twin
 
     @cached_property
@@ -389,24 +471,21 @@ class Study:
 
     @cached_property
     def _known_ahead(self) -> set[TrialConfig]:
-        """References and what the search asks for."""
-        return {*(config for _, config in self._planned()), *self.recipe.asked()}
+        """References and what the search asks for, or the first of it."""
+        asked = islice(self.recipe.asked(), MAX_SHOWN + 1)
+        return {*(config for _, config in self._references()), *asked}
 
+    @cached_property
+    def _roles(self) -> dict[str, str]:
+        return {}
 
-def _damaged(result: TrialResult, error: DamagedArtifact) -> TrialResult:
-    """A result whose artifact can no longer be trusted."""
-    return TrialResult(
-        trial_id=result.trial_id,
-        config=result.config,
-        status=TrialStatus.FAILED,
-        reason=Reason.ERROR,
-        message=str(error),
-        device_seconds=result.device_seconds,
-    )
+    @cached_property
+    def _said(self) -> set[str]:
+        return set()
 
 
 def read_result(folder: Path) -> TrialResult | None:
-    """The recorded result of a trial's folder, None where there is none that can be read."""
+    """The result in a trial's folder, None where there is none that can be read."""
     try:
         return TrialResult.model_validate_json((folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

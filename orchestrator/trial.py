@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -115,3 +117,30 @@ class TrialResult(Frozen):
     sha256: str | None = None
     device_seconds: float = 0.0
     details: dict[str, Any] = Field(default_factory=dict)
+
+
+Kind = Literal["baseline", "trial", "test", "timings"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing for one gang to do, once.
+
+    `baseline` trains, exports and measures the dense model of `model`; `trial` does so with
+    `config`; `test` scores the artifact of `config` in `folder` on the test split; `timings` takes
+    the latencies of `artifacts` (key → artifact folder) in one interleaved pass. `folder` and
+    artifacts are relative to the study's folder. `key` is what the ledger calls it: a trial's id,
+    `baseline:<model>` for a dense model.
+    """
+
+    kind: Kind
+    key: str
+    attempt: int = 1
+    model: str = ""
+    config: TrialConfig | None = None
+    folder: str = ""
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+
+
+Result = TrialResult | tuple[Measurement, str] | dict[str, Measurement]
+"""Of a baseline or trial; of a test, with the artifact's new hash; of timings, by key."""

@@ -19,14 +19,14 @@ import tiny_study
 from conftest import Here
 
 from orchestrator.artifact import DamagedArtifact
-from orchestrator.launch import Note
+from orchestrator.launch import Done, Event, Lost
 from orchestrator.launch.inline import Inline
 from orchestrator.recipe import Recipe, make_recipe
 from orchestrator.study import NoBaseline, Silent, Study
-from orchestrator.trial import Measurement, Reason, TrialConfig, TrialResult, TrialStatus
+from orchestrator.trial import Measurement, Reason, TrialConfig, TrialResult, TrialStatus, Work
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VERBS = ("plan", "run", "front", "select", "export", "measure", "report")
+VERBS = ("plan", "run", "status", "front", "select", "export", "measure", "report")
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "datasets", "optuna", "jinja2")
 ALONE: dict[str, Any] = {
     "references": {"dense_int8": False, "first_layers": [], "random_twin": False}
@@ -286,16 +286,34 @@ class Pretend:
         self._facts, self.folder, self.ends = facts, folder, ends or {}
         self.ran: list[TrialConfig] = []
         self.damaged: set[str] = set()
+        self.hear: Any = None
+        self._work: Work | None = None
 
     def facts(self) -> dict[str, Any]:
         return self._facts
 
-    def baseline(self, model: str, note: Note) -> TrialResult:
-        config = make_recipe(tiny_study.recipe(self.folder)).trial_config(model=model)
+    def free(self) -> int:
+        return 0 if self._work else 1
+
+    def start(self, work: Work) -> None:
+        self._work = work
+
+    def wait(self, timeout: float | None = None) -> list[Event]:
+        work, self._work = self._work, None
+        assert work is not None
+        try:
+            return [Done(work, getattr(self, work.kind)(work))]
+        except DamagedArtifact as error:
+            return [Lost(work, Reason.ERROR, str(error), again=False)]
+
+    def baseline(self, work: Work) -> TrialResult:
+        config = make_recipe(tiny_study.recipe(self.folder)).trial_config(model=work.model)
         self.ran.append(config)
         return self._completed(config, accuracy=0.9)
 
-    def trial(self, config: TrialConfig, note: Note) -> TrialResult:
+    def trial(self, work: Work) -> TrialResult:
+        config = work.config
+        assert config is not None
         self.ran.append(config)
         end = self.ends.get(config.finetune["learning_rate"])
         if isinstance(end, BaseException):
@@ -317,12 +335,23 @@ class Pretend:
             artifact="artifact",
         )
 
-    def test(self, folder: Path, config: TrialConfig) -> tuple[Measurement, str]:
-        if config.id in self.damaged:
-            raise DamagedArtifact(f"{folder} is damaged: model.onnx has another SHA-256")
+    def timings(self, work: Work) -> dict[str, Measurement]:
+        return {key: Measurement(metrics={"latency_ms": 1.0}) for key in work.artifacts}
+
+    def test(self, work: Work) -> tuple[Measurement, str]:
+        assert work.config is not None
+        if work.config.id in self.damaged:
+            raise DamagedArtifact(f"{work.folder} is damaged: model.onnx has another SHA-256")
         return Measurement(metrics={"accuracy": 0.5}), "0" * 64
 
-    def close(self) -> None: ...
+    def waiting(self) -> dict[str, str]:
+        return {}
+
+    def now(self) -> float:
+        return 0.0
+
+    def close(self) -> None:
+        self._work = None
 
 
 class Notes(Silent):
@@ -447,7 +476,7 @@ def pretend(
 ) -> Iterator[Pretend]:
     """The command's own launcher, replaced."""
     launcher = Pretend(facts, tmp_path)
-    monkeypatch.setattr("orchestrator.launch.inline.Inline", lambda *_, **__: launcher)
+    monkeypatch.setattr("orchestrator.study.make_launcher", lambda *_, **__: launcher)
     yield launcher
 
 
@@ -484,7 +513,7 @@ def test_a_dense_model_that_fails_ends_with_1_and_one_message(
     config = recipe(tmp_path).trial_config(model="bert")
     ending = {"status": TrialStatus.FAILED, "reason": Reason.DIVERGED, "message": "loss is nan"}
     result = TrialResult(trial_id=config.id, config=config, **ending)
-    monkeypatch.setattr(pretend, "baseline", lambda model, note: result)
+    monkeypatch.setattr(pretend, "baseline", lambda work: result)
     done = slimtune("run", tiny_study.write_recipe(tmp_path, **ALONE, space=RATES))
     assert done.status == 1
     assert done.problems == ["the dense baseline of bert failed: loss is nan"]

@@ -9,7 +9,7 @@ import pytest
 import tiny_study
 
 from benchmarks import controls
-from orchestrator.launch.inline import Inline
+from orchestrator.bench import Bench
 from orchestrator.recipe import make_recipe
 from orchestrator.tasks import Record
 from orchestrator.tasks.causal_lm import CausalLm
@@ -75,8 +75,8 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> controls.Arms:
         "space": {"finetune": {"max_steps": 0}},
         "measure": {"max_seconds": 0.01, "num_inputs": 2, "num_check_inputs": 4},
     }
-    launcher = Inline(make_recipe(tiny_study.recipe(folder, **sections)), folder / "study")
-    return controls.Arms(launcher, {"learning_rate": 1e-3, "max_steps": 2})
+    bench = Bench(make_recipe(tiny_study.recipe(folder, **sections)), folder / "study")
+    return controls.Arms(bench, {"learning_rate": 1e-3, "max_steps": 2})
 
 
 @pytest.mark.parametrize("control", controls.UNCHANGED, ids=lambda control: control.name)

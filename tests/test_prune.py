@@ -22,8 +22,8 @@ from orchestrator.prune.threshold import Threshold
 from orchestrator.prune.tree import (
     config_expresses_shapes,
     read_signature,
+    removals,
     shrink,
-    shrink_to_counts,
 )
 from orchestrator.trial import Infeasible
 
@@ -163,13 +163,12 @@ def test_shrunk_decoders_generate_with_a_cache_as_without(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shrunk_model_is_rebuilt_from_its_config_and_counts(family):
-    model = make(family)
+def test_a_shrunk_model_is_rebuilt_from_the_dense_one_and_its_removals(family):
+    model, rebuilt = make(family), make(family)
     Structured(heads=0.5, neurons=0.4, layers=0.3).start(model, context(model))
     saved = copy.deepcopy(model.state_dict())
-    config = type(model.config).from_dict(model.config.to_dict())
-    rebuilt = type(model)(config).eval()
-    shrink_to_counts(rebuilt, read_signature(model).counts)
+    for keep in json.loads(json.dumps(removals(model))):
+        shrink(rebuilt, keep)
     rebuilt.load_state_dict(saved)
     torch.testing.assert_close(logits(rebuilt), logits(model))
     assert read_signature(rebuilt) == read_signature(model)

@@ -461,7 +461,7 @@ def test_code_outside_the_catalogs_needs_consent(section):
 
 def test_methods_of_ones_own_are_checked_and_resolved_like_others():
     recipe = make_recipe(written(space=OWN["space"], allow_code=True))
-    config = recipe.search.start(recipe.space, seed=0).ask()
+    (config,) = recipe.asked()
     assert config is not None
     assert config.prune[0]["method"] == METHOD
     assert config.prune[0]["strength"] == 2.0

@@ -497,15 +497,15 @@ def result(accuracy: float | None, size: float = 10.0, seed: int = 0) -> TrialRe
 
 def watch(console: Console) -> Progress:
     with Progress(OBJECTIVES, console=console) as progress:
-        progress.trial_started(0, 3, "dense baseline m")
-        progress.stage("finetune")
-        progress.trial_finished(result(0.9, 100.0))
-        progress.trial_started(1, 3, "heads 50%")
-        progress.stage("measure")
-        progress.trial_finished(result(0.8, 50.0, seed=1))
-        progress.trial_started(2, 3, "heads 75%")
-        progress.trial_finished(result(None, seed=2))
-        progress.stage("test split")
+        progress.trial_started("w", 0, 3, "dense baseline m")
+        progress.stage("w", "finetune")
+        progress.trial_finished("w", result(0.9, 100.0))
+        progress.trial_started("w", 1, 3, "heads 50%")
+        progress.stage("w", "measure")
+        progress.trial_finished("w", result(0.8, 50.0, seed=1))
+        progress.trial_started("w", 2, 3, "heads 75%")
+        progress.trial_finished("w", result(None, seed=2))
+        progress.stage("w", "test split")
     return progress
 
 
@@ -532,6 +532,19 @@ def test_progress_on_a_terminal_says_what_runs_and_the_best_so_far():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_progress_shows_every_trial_that_runs():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
+    with Progress(OBJECTIVES, console=console) as progress:
+        progress.trial_started("a", 1, None, "heads 50%")
+        progress.trial_started("b", 2, None, "heads 75%")
+        progress.stage("a", "latency")
+        progress.trial_lost("b", "the worker died")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", console.file.getvalue())
+    assert "▸ heads 50%  latency" in text
+    assert "[2] the worker died" in text
+    assert "▸ heads 75%  waits for another attempt" in text
+
+
 def test_progress_on_a_narrow_terminal_breaks_lines_between_words():
     console = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None)
     watch(console)
@@ -549,8 +562,8 @@ def test_what_earlier_runs_found_counts_among_the_best():
     with Progress(OBJECTIVES, console=console) as progress:
         progress.phase("reading data and models")
         progress.trial_reused(result(0.9, 100.0))
-        progress.trial_started(2, 3, "heads 50%")
-        progress.trial_finished(result(0.8, 50.0, seed=1))
+        progress.trial_started("w", 2, 3, "heads 50%")
+        progress.trial_finished("w", result(0.8, 50.0, seed=1))
     text = console.file.getvalue()
     assert "▸ reading data and models" in text
     assert "size 50.0 MB (2.0× smaller)" in text
@@ -568,8 +581,8 @@ def test_notes_on_the_data_are_printed():
 def test_progress_does_not_hide_what_stopped_the_study():
     console = Console(file=io.StringIO(), width=100)
     with pytest.raises(KeyboardInterrupt), Progress(OBJECTIVES, console=console) as progress:
-        progress.trial_finished(result(0.9))
-        progress.trial_started(1, 3, "heads 50%")
+        progress.trial_finished("w", result(0.9))
+        progress.trial_started("w", 1, 3, "heads 50%")
         raise KeyboardInterrupt
     assert "[1/3] heads 50%" in console.file.getvalue()
     assert console.file.getvalue().endswith("1 completed in 0 s\n")

@@ -58,6 +58,7 @@ def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
         "search": {"name": "grid"},
         "references": {"first_layers": [1]},
         "keep": "all",
+        "resources": {"engine": "inline"},
         "measure": {"max_seconds": 0.3, "num_inputs": 4, "num_check_inputs": 16},
         **sections,
     }

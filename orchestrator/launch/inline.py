@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.launch import Note
+from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.recipe import Recipe
-from orchestrator.trial import Measurement, TrialConfig, TrialResult
+from orchestrator.trial import Reason, Work
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from orchestrator.bench import Bench
 
 
@@ -19,6 +22,8 @@ class Inline:
 
     def __init__(self, recipe: Recipe, folder: Path, *, device: str | None = None) -> None:
         self.recipe, self.folder, self.device = recipe, folder, device
+        self.hear: Callable[[Told], None] = lambda told: None
+        self._work: Work | None = None
 
     @cached_property
     def bench(self) -> Bench:
@@ -32,20 +37,31 @@ class Inline:
     def facts(self) -> dict[str, Any]:
         return self.bench.facts()
 
-    def baseline(self, model: str, note: Note) -> TrialResult:
-        from orchestrator.run_trial import run_baseline
+    def free(self) -> int:
+        return 0 if self._work else 1
 
-        return run_baseline(model, self.bench, note)
+    def start(self, work: Work) -> None:
+        self._work = work
 
-    def trial(self, config: TrialConfig, note: Note) -> TrialResult:
-        from orchestrator.run_trial import run_trial
+    def wait(self, timeout: float | None = None) -> list[Event]:
+        """Does the work that was started, if there is one."""
+        work, self._work = self._work, None
+        if work is None:
+            return []
+        bench = self.bench
+        from orchestrator.artifact import DamagedArtifact
+        from orchestrator.gang import perform
 
-        return run_trial(config, self.bench, note)
+        try:
+            return [Done(work, perform(work, bench, lambda s: self.hear(Told(work, s))))]
+        except DamagedArtifact as error:
+            return [Lost(work, Reason.ERROR, str(error), again=False)]
 
-    def test(self, folder: Path, config: TrialConfig) -> tuple[Measurement, str]:
-        from orchestrator.run_trial import measure_test
+    def waiting(self) -> dict[str, str]:
+        return {}
 
-        return measure_test(folder, config, self.bench)
+    def now(self) -> float:
+        return time.time()
 
     def close(self) -> None:
         self.__dict__.pop("bench", None)

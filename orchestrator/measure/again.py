@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
+from orchestrator.alone import this_host
 from orchestrator.artifact import verify
 from orchestrator.bench import Bench
 from orchestrator.measure import MeasureOptions
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import compare, decoder_round, encoder_round
 from orchestrator.measure.memory import example_inputs, peak_memory_mb
-from orchestrator.measure.served import Served, measure_served
+from orchestrator.measure.served import Served, measure_latencies, measure_served
 from orchestrator.measure.size import size_metrics
 from orchestrator.plugins import find
 from orchestrator.recipe import Recipe
@@ -28,6 +30,18 @@ def measure_in_study(artifact: Path, recipe: Recipe, study: Path) -> Measurement
     config = TrialConfig(**verify(artifact)["config"])
     served = Served(bench, config, artifact, AutoTokenizer.from_pretrained(artifact))
     return measure_served(served, keep=False)
+
+
+def time_together(artifacts: Mapping[str, Path], bench: Bench) -> dict[str, Measurement]:
+    """Latencies of a study's artifacts by key, in one pass interleaved with their dense baselines.
+
+    Raises `DamagedArtifact`.
+    """
+    served = {}
+    for key, folder in artifacts.items():
+        config = TrialConfig(**verify(folder)["config"])
+        served[key] = Served(bench, config, folder, AutoTokenizer.from_pretrained(folder))
+    return measure_latencies(served)
 
 
 def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:
@@ -45,7 +59,8 @@ def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:
         return encoder_round(session, [inputs])
 
     main = "tpot_ms" if decoder else "latency_ms"
-    timing = compare(one_round, one_round, MeasureOptions(), main=main)
+    with this_host().alone():
+        timing = compare(one_round, one_round, MeasureOptions(), main=main)
     metrics = {name: value for name, value in timing.metrics.items() if name != "speedup"}
     memory = peak_memory_mb(artifact, target, length=length)
     return Measurement(

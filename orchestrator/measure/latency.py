@@ -1,15 +1,15 @@
-"""Latency of two artifacts, interleaved, with nothing else running.
+"""Latency of artifacts, interleaved with their dense baseline, with nothing else running.
 
-A round asks both artifacts the same requests, in alternating order; medians over rounds and
-their bootstrap intervals are reported, and the speed-up is the median of the rounds' ratios, so
-that a disturbance that hits a whole round cancels out.
+A sweep asks each artifact one round of the same requests, there and back in turn; medians over
+sweeps and their bootstrap intervals are reported, and the speed-up is the median of the sweeps'
+ratios, so that a disturbance that hits a whole sweep cancels out.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,7 +22,7 @@ from orchestrator.trial import Measurement
 Timing = dict[str, float]
 Round = Callable[[], Timing]
 Requests = Sequence[dict[str, np.ndarray]]
-MIN_ROUNDS = 8
+MIN_SWEEPS = 8
 
 
 def encoder_round(session: Session, requests: Requests) -> Timing:
@@ -52,23 +52,46 @@ def decoder_round(session: Session, prompt: np.ndarray, new_tokens: int) -> Timi
 
 
 def compare(this: Round, dense: Round, options: MeasureOptions, *, main: str) -> Measurement:
-    """Timings of `this` and its `speedup` over `dense`, until the interval of `main` settles.
+    """Timings of `this` and its `speedup` over `dense`; see `compare_all`."""
+    rounds = {"this": this, "dense": dense}
+    return compare_all(rounds, {"this": "dense"}, options, main=main)["this"]
 
-    Ends when the 95 % interval is within `options.relative_interval` of the median on either
-    side, or when `options.max_seconds` are spent; the latter is said in `notes`.
+
+def compare_all(
+    rounds: Mapping[str, Round],
+    dense_of: Mapping[str, str],
+    options: MeasureOptions,
+    *,
+    main: str,
+) -> dict[str, Measurement]:
+    """Timings of each key of `dense_of` and its `speedup` over the round it names there.
+
+    Sweeps over all `rounds` until each 95 % interval of `main` is within
+    `options.relative_interval` of its median on either side, or `options.max_seconds` an artifact
+    are spent; the latter is said in `notes`.
     """
-    this(), dense()
-    mine: list[Timing] = []
-    ratios: list[float] = []
-    deadline = time.perf_counter() + options.max_seconds
-    settled = False
+    taken: dict[str, list[Timing]] = {name: [] for name in rounds}
+    for warm_up in rounds.values():
+        warm_up()
+    seconds = options.max_seconds * len(dense_of)
+    deadline = time.perf_counter() + seconds
+    unsettled, sweeps = set(dense_of), 0
     with _no_garbage_collection():
-        while not settled and (len(mine) < 3 or time.perf_counter() < deadline):
-            a, b = _both(this, dense, swap=len(mine) % 2 == 1)
-            mine.append(a)
-            ratios.append(b["latency_ms"] / a["latency_ms"])
-            settled = len(mine) >= MIN_ROUNDS and _width(mine, main) <= options.relative_interval
-    return _summary(mine, ratios, () if settled else (_unsettled(mine, main, options),))
+        while unsettled and (sweeps < 3 or time.perf_counter() < deadline):
+            _sweep(rounds, taken, back=sweeps % 2 == 1)
+            sweeps += 1
+            if sweeps >= MIN_SWEEPS:
+                unsettled = {
+                    n for n in dense_of if _width(taken[n], main) > options.relative_interval
+                }
+    return {
+        name: _summary(
+            taken[name],
+            taken[dense],
+            (_unsettled(taken[name], main, options, seconds),) if name in unsettled else (),
+        )
+        for name, dense in dense_of.items()
+    }
 
 
 @contextmanager
@@ -81,16 +104,16 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _both(this: Round, dense: Round, *, swap: bool) -> tuple[Timing, Timing]:
-    if swap:
-        b = dense()
-        return this(), b
-    return this(), dense()
+def _sweep(rounds: Mapping[str, Round], taken: Mapping[str, list[Timing]], *, back: bool) -> None:
+    for name in reversed(list(rounds)) if back else rounds:
+        taken[name].append(rounds[name]())
 
 
-def _summary(mine: list[Timing], ratios: list[float], notes: tuple[str, ...]) -> Measurement:
+def _summary(mine: list[Timing], dense: list[Timing], notes: tuple[str, ...]) -> Measurement:
     samples = {name: np.array([timing[name] for timing in mine]) for name in mine[0]}
-    samples["speedup"] = np.array(ratios)
+    samples["speedup"] = (
+        np.array([timing["latency_ms"] for timing in dense]) / samples["latency_ms"]
+    )
     return Measurement(
         metrics={name: float(np.median(values)) for name, values in samples.items()},
         intervals={name: median_interval(values) for name, values in samples.items()},
@@ -115,9 +138,9 @@ def _width(timings: list[Timing], name: str) -> float:
     return max(high - median, median - low) / median
 
 
-def _unsettled(timings: list[Timing], name: str, options: MeasureOptions) -> str:
+def _unsettled(timings: list[Timing], name: str, options: MeasureOptions, seconds: float) -> str:
     width = _width(timings, name)
     return (
-        f"{name} did not settle: ±{width:.0%} after {len(timings)} rounds in {options.max_seconds:g} s"
+        f"{name} did not settle: ±{width:.0%} after {len(timings)} rounds in {seconds:g} s"
         f" (goal ±{options.relative_interval:.0%})"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator import artifact as artifacts
+from orchestrator.alone import this_host
 from orchestrator.measure.command import run_command
 from orchestrator.measure.fingerprint import fingerprint
-from orchestrator.measure.latency import Round, compare, decoder_round, encoder_round
+from orchestrator.measure.latency import Round, compare_all, decoder_round, encoder_round
 from orchestrator.measure.memory import peak_memory_mb
 from orchestrator.measure.quality import (
     inputs_of,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.bench import Bench
+
+NOT_ALONE = "latency was taken while others computed on this host and did not give way"
 
 
 @dataclass
@@ -200,14 +203,39 @@ def measure_quality(served: Served, split: Split, *, keep: bool = True) -> Measu
 
 def measure_latency(served: Served) -> Measurement:
     """Timings of an artifact, interleaved with the dense baseline's (or its own, if it is that)."""
-    bench, model = served.bench, served.config.model
-    dense = served
-    if not served.is_baseline:
-        folder = bench.baseline_artifact(model)
-        dense = Served(bench, served.config, folder, bench.base(model).tokenizer)
-        dense.__dict__["session"] = bench.dense_session(model)
+    return measure_latencies({"": served})[""]
+
+
+def measure_latencies(served: Mapping[str, Served]) -> dict[str, Measurement]:
+    """Timings of artifacts of one study by key, all loaded at once and asked in turn.
+
+    Each is interleaved with its model's dense baseline. Nothing else computes on this host
+    meanwhile; where others did not give way, a note says so.
+    """
+    bench = next(iter(served.values())).bench
+    dense = {f"dense {one.config.model}": _dense_beside(one) for one in served.values()}
+    rounds = {key: _one_round(one) for key, one in {**dense, **served}.items()}
+    dense_of = {key: f"dense {one.config.model}" for key, one in served.items()}
     main = "tpot_ms" if bench.task.kind == "decoder" else "latency_ms"
-    return compare(_one_round(served), _one_round(dense), bench.recipe.measure, main=main)
+    with this_host().alone() as is_alone:
+        timings = compare_all(rounds, dense_of, bench.recipe.measure, main=main)
+    if is_alone:
+        return timings
+    return {
+        key: one.model_copy(update={"notes": (*one.notes, NOT_ALONE)})
+        for key, one in timings.items()
+    }
+
+
+def _dense_beside(served: Served) -> Served:
+    """The dense baseline of an artifact's model, itself if it is that."""
+    if served.is_baseline:
+        return served
+    bench, model = served.bench, served.config.model
+    folder = bench.baseline_artifact(model)
+    dense = Served(bench, served.config, folder, bench.base(model).tokenizer)
+    dense.__dict__["session"] = bench.dense_session(model)
+    return dense
 
 
 def _one_round(served: Served) -> Round:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -23,6 +24,9 @@ from orchestrator.trial import Infeasible, content_hash
 
 # What a config says that the graph of a forward pass does not depend on.
 _LABELS = ("architectures", "dtype", "id2label", "label2id", "problem_type", "transformers_version")
+
+
+_REMOVALS: WeakKeyDictionary[PreTrainedModel, list[dict[str, list[int]]]] = WeakKeyDictionary()
 
 
 def read_signature(model: PreTrainedModel) -> Signature:
@@ -80,15 +84,13 @@ def shrink(model: PreTrainedModel, keep: Mapping[str, Sequence[int]]) -> None:
         _keep_layers(model, stack, path, keep.get(f"{stack.name}.layers"))
         _refresh_attributes(model, stack, path)
     _refresh_config(model, family)
+    done = {name: [int(unit) for unit in units] for name, units in keep.items()}
+    _REMOVALS[model] = [*removals(model), done]
 
 
-def shrink_to_counts(model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-    """Keep the first units of each group: the right shapes to load a shrunk model's weights into.
-
-    `counts` are those of the shrunk model's signature.
-    """
-    now = read_signature(model).counts
-    shrink(model, {name: range(n) for name, n in counts.items() if now.get(name) != n})
+def removals(model: PreTrainedModel) -> list[dict[str, list[int]]]:
+    """Every `keep` that the model was shrunk by so far, in their order."""
+    return list(_REMOVALS.get(model, ()))
 
 
 def config_expresses_shapes(model: PreTrainedModel) -> bool:

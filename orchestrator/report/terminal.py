@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -110,6 +111,16 @@ def measurement_table(measured: Json) -> Table:
     return table
 
 
+@dataclass
+class _Trial:
+    """A trial that runs."""
+
+    number: int
+    text: str
+    stage: str = ""
+    since: float = field(default_factory=time.monotonic)
+
+
 class Progress:
     """Looks on while a study runs: what runs, best so far, what is left.
 
@@ -122,10 +133,11 @@ class Progress:
         self.console = console or Console()
         self.results: list[TrialResult] = []
         self._known: list[TrialResult] = []  # from earlier runs
-        self._number, self._total, self._in_trial = 0, 0, False
-        self._text, self._stage = "", ""
+        self._running: dict[str, _Trial] = {}
+        self._total: int | None = None
+        self._phase = _Trial(0, "")
         self._dense: Mapping[str, float] = {}
-        self._began = self._since = time.monotonic()
+        self._began = time.monotonic()
         self._live: Live | None = None
         self._done = threading.Event()
 
@@ -156,36 +168,45 @@ class Progress:
 
     def phase(self, text: str) -> None:
         """Work that belongs to no trial begins."""
-        self._in_trial = False
-        self._begin(text)
+        self._phase = _Trial(0, text)
+        self._refresh()
 
     def note(self, text: str) -> None:
         """Something that a reader of the numbers must know."""
         self._print(Text.assemble(("note: ", "yellow"), text))
 
-    def trial_started(self, number: int, total: int, text: str) -> None:
-        """Trial `number` of `total` begins; 0 is the dense baseline."""
-        self._number, self._total, self._in_trial = number, total, True
-        self._begin(text)
+    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None:
+        """Trial `number` of `total`, where that is known, begins; 0 is the dense baseline."""
+        self._total = total
+        self._running[key] = _Trial(number, text)
         if self._live is None:
-            self._print(Text(f"{self._counter()} {text}"))
-
-    def stage(self, text: str) -> None:
-        """A stage of the running trial begins."""
-        self._stage = text
+            self._print(Text(f"{self._counter(number)} {text}"))
         self._refresh()
 
-    def trial_finished(self, result: TrialResult) -> None:
-        """What became of the running trial."""
+    def stage(self, key: str, text: str) -> None:
+        """A stage of a running trial begins."""
+        self._running.get(key, self._phase).stage = text
+        self._refresh()
+
+    def trial_lost(self, key: str, text: str) -> None:
+        """A running trial has lost its worker; another attempt may follow."""
+        trial = self._running.get(key, self._phase)
+        trial.stage = "waits for another attempt"
+        self._print(Text.assemble(self._counter(trial.number), " ", (text, "yellow")))
+
+    def trial_finished(self, key: str, result: TrialResult) -> None:
+        """What became of a running trial."""
         self.results.append(result)
         self._learn_dense(result)
-        took = wording.duration(time.monotonic() - self._since)
+        trial = self._running.pop(key, self._phase)
+        took = wording.duration(time.monotonic() - trial.since)
         outcome = self._outcome(result).append(f" · {took}", style="dim")
+        counter = self._counter(trial.number)
         if self._live is None:
-            self._print(Text.assemble(self._counter(), " → ", outcome))
+            self._print(Text.assemble(counter, " → ", outcome))
         else:
             line = Table.grid(padding=(0, 1))
-            line.add_row(Text(self._counter(), style="bold"), Group(Text(self._text), outcome))
+            line.add_row(Text(counter, style="bold"), Group(Text(trial.text), outcome))
             self.console.print(line)
         self._refresh()
 
@@ -214,10 +235,6 @@ class Progress:
         if not self._dense and result.measurement is not None:  # the baseline comes first
             self._dense = result.measurement.metrics
 
-    def _begin(self, text: str) -> None:
-        self._text, self._stage, self._since = text, "", time.monotonic()
-        self._refresh()
-
     def _print(self, line: Text) -> None:
         self.console.print(line, soft_wrap=self._live is None)
         self._refresh()
@@ -229,11 +246,12 @@ class Progress:
     def _tick(self) -> None:
         while not self._done.wait(0.5):
             # nothing else may run while latency is taken, not even this
-            if self._stage not in ("latency", "memory"):
+            stages = {trial.stage for trial in self._running.values()}
+            if not stages & {"latency", "memory"}:
                 self._refresh()
 
-    def _counter(self) -> str:
-        return f"[{self._number}/{self._total}]"
+    def _counter(self, number: int) -> str:
+        return f"[{number}]" if self._total is None else f"[{number}/{self._total}]"
 
     def _outcome(self, result: TrialResult) -> Text:
         if result.measurement is None:
@@ -265,21 +283,29 @@ class Progress:
         return f"best so far: {' · '.join(told)} · {len(front)} on the front"
 
     def _left(self) -> str:
-        if not self.results:
+        gone = time.monotonic() - self._began
+        if not self.results or self._total is None:
             return f"{self.elapsed} gone"
-        each = (self._since - self._began) / len(self.results)
-        left = max((self._total - self._number + 1) * each - (time.monotonic() - self._since), 0)
+        left = gone / len(self.results) * max(self._total - self._num_done, 0)
         return f"{self.elapsed} gone, about {wording.duration(left)} left"
 
+    @property
+    def _num_done(self) -> int:
+        """Trials that have ended, in this run or an earlier one, the baseline not counted."""
+        return max(len(self.results) + len(self._known) - 1, 0)
+
     def _picture(self) -> RenderableType:
-        seconds = wording.duration(time.monotonic() - self._since)
-        doing = " · ".join(filter(None, [self._stage, seconds]))
-        lines: list[RenderableType] = [Text.assemble("▸ ", self._text, (f"  {doing}", "dim"))]
-        if self._in_trial:
-            bar = ProgressBar(total=self._total, completed=max(self._number - 1, 0), width=28)
+        lines: list[RenderableType] = []
+        if self._running and self._total is not None:
+            bar = ProgressBar(total=self._total, completed=self._num_done, width=28)
             head = Table.grid(padding=(0, 1))
-            head.add_row(Text(self._counter(), style="bold"), bar, Text(self._left(), style="dim"))
-            lines.insert(0, head)
+            counter = Text(self._counter(self._num_done), style="bold")
+            head.add_row(counter, bar, Text(self._left(), style="dim"))
+            lines.append(head)
+        for trial in list(self._running.values()) or [self._phase]:
+            seconds = wording.duration(time.monotonic() - trial.since)
+            doing = " · ".join(filter(None, [trial.stage, seconds]))
+            lines.append(Text.assemble("▸ ", trial.text, (f"  {doing}", "dim")))
         if best := self._best():
             lines.append(Text(best, style="dim"))
         return Group(*lines)

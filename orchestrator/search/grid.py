@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 
 from pydantic import Field
 
+from orchestrator.search import Ask, Goal
 from orchestrator.space import Space, grid
 from orchestrator.trial import Frozen, TrialConfig, TrialStatus
 
@@ -16,16 +16,30 @@ class Grid(Frozen):
 
     num_trials: int | None = Field(None, ge=1)
 
-    def start(self, space: Space, *, seed: int) -> GridSearch:
-        return GridSearch(islice(grid(space), self.num_trials))
+    def start(self, space: Space, *, seed: int, goal: Goal) -> GridSearch:
+        return GridSearch(space, self.num_trials)
 
 
 class GridSearch:
-    def __init__(self, configs: Iterator[TrialConfig]) -> None:
-        self._configs = configs
+    """Goes on past what was replayed, wherever in the grid that lies: the space may have grown."""
 
-    def ask(self) -> TrialConfig | None:
-        return next(self._configs, None)
+    def __init__(self, space: Space, num_trials: int | None) -> None:
+        self._configs, self._num_trials = grid(space), num_trials
+        self._seen: set[str] = set()
 
-    def tell(self, trial_id: str, values: Mapping[str, float] | None, status: TrialStatus) -> None:
+    def ask(self) -> Ask | None:
+        if self._num_trials is not None and len(self._seen) >= self._num_trials:
+            return None
+        config = next((c for c in self._configs if c.id not in self._seen), None)
+        if config is None:
+            return None
+        self._seen.add(config.id)
+        return Ask(config)
+
+    def replay(self, ask: Ask) -> None:
+        self._seen.add(ask.config.id)
+
+    def tell(
+        self, config: TrialConfig, values: Mapping[str, float] | None, status: TrialStatus
+    ) -> None:
         """Nothing is learnt from results."""

@@ -1,0 +1,90 @@
+"""Works on their way: started where there is room, tried again when lost, recorded as they end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.launch import Done, Event, Launcher, Lost
+from orchestrator.ledger import Ledger
+from orchestrator.trial import Result, Work
+
+Next = Callable[[], Work | None]
+Ended = Callable[[Work, Result | Lost], None]
+WAIT_S = 5.0  # between looks at a budget, at most
+
+
+@dataclass
+class Running:
+    """A work on a gang, since when, and the stage that it has come to."""
+
+    work: Work
+    since: float
+    stage: str = ""
+
+
+class Dispatch:
+    """Hands works to a launcher and hears of them. `device_s` is what lost works have taken."""
+
+    def __init__(
+        self, launcher: Launcher, ledger: Ledger, *, max_attempts: int, devices: int = 1
+    ) -> None:
+        self.launcher, self.ledger = launcher, ledger
+        self.max_attempts, self.devices = max_attempts, devices
+        self.running: dict[tuple[str, str], Running] = {}
+        self.device_s = 0.0
+        self.on_lost: Callable[[Work, Lost], None] = lambda work, lost: None
+
+    def run(self, next_work: Next, ended: Ended) -> None:
+        """Until `next_work` has none and nothing runs.
+
+        It is asked whenever there is room; `ended` hears of each work once, of a lost one when no
+        attempt is left.
+        """
+        again: deque[Work] = deque()
+        while True:
+            while self.launcher.free() > 0:
+                work = again.popleft() if again else next_work()
+                if work is None:
+                    break
+                self._start(work)
+            if not self.running:
+                return
+            for event in self.launcher.wait(WAIT_S):
+                self._hear(event, again, ended)
+
+    def abandon(self, message: str) -> None:
+        """Record that what runs will come to no result here."""
+        for running in list(self.running.values()):
+            self._lose(running.work, reason="interrupted", message=message)
+
+    # -- one work --------------------------------------------------------------------------------
+
+    def _start(self, work: Work) -> None:
+        if work.kind in ("baseline", "trial"):  # the others end as measurements
+            self.ledger.append("started", work.key, attempt=work.attempt)
+        self.running[work.kind, work.key] = Running(work, self.launcher.now())
+        self.launcher.start(work)
+
+    def _hear(self, event: Event, again: deque[Work], ended: Ended) -> None:
+        work = event.work
+        if isinstance(event, Done):
+            self.running.pop((work.kind, work.key))
+            ended(work, event.result)
+        elif isinstance(event, Lost):
+            self._lose(work, reason=event.reason.value, message=event.message)
+            self.on_lost(work, event)
+            if event.again and work.attempt < self.max_attempts:
+                again.append(replace(work, attempt=work.attempt + 1))
+            else:
+                ended(work, event)
+
+    def _lose(self, work: Work, **why: Any) -> None:
+        running = self.running.pop((work.kind, work.key))
+        seconds = (self.launcher.now() - running.since) * self.devices
+        self.device_s += seconds
+        self.ledger.append(
+            "lost", work.key, attempt=work.attempt, device_seconds=seconds, work=work.kind, **why
+        )

@@ -1,0 +1,162 @@
+"""The worker's side of a gang: what it is asked to do, and how it is left clean for the next work."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+
+from orchestrator.alone import this_host
+from orchestrator.bench import Bench
+from orchestrator.measure.again import time_together
+from orchestrator.quiet import quiet
+from orchestrator.recipe import Recipe
+from orchestrator.run_trial import measure_test, run_baseline, run_trial
+from orchestrator.trial import Result, Work
+
+Note = Callable[[str], None]
+LIBRARIES = ("torch.nn", "torch.optim", "transformers", "accelerate")  # may be patched by a plug-in
+SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (os.getcwd, os.chdir),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+)
+
+
+def perform(work: Work, bench: Bench, note: Note) -> Result:
+    """Do one work on this worker. Raises `DamagedArtifact` where an artifact is not what it was.
+
+    It steps aside when somebody on this host measures.
+    """
+    with this_host().working():
+        return _perform(work, bench, note)
+
+
+def _perform(work: Work, bench: Bench, note: Note) -> Result:
+    if work.kind == "baseline":
+        return run_baseline(work.model, bench, note)
+    if work.kind == "timings":
+        artifacts = {key: bench.folder / folder for key, folder in work.artifacts.items()}
+        return time_together(artifacts, bench)
+    assert work.config is not None
+    if work.kind == "trial":
+        return run_trial(work.config, bench, note)
+    return measure_test(bench.folder / work.folder, work.config, bench)
+
+
+class Worker:
+    """A process that does works of one study, one after another, on data and models that it keeps.
+
+    `recipe` is resolved; `folder` is the study's, on a file system that all workers share.
+    """
+
+    def __init__(
+        self, *, recipe: dict[str, Any], folder: str, device: str | None, threads: int
+    ) -> None:
+        quiet()
+        torch.set_num_threads(threads)
+        self._recipe, self._folder, self._device = recipe, Path(folder), device
+        self._clean = Clean()
+
+    @cached_property
+    def bench(self) -> Bench:
+        recipe = Recipe.from_resolved(self._recipe, output_dir=self._folder)
+        return Bench(recipe, self._folder, device=self._device)
+
+    def facts(self) -> dict[str, Any]:
+        """Raises `BadInput`."""
+        return self.bench.facts()
+
+    def do(self, work: Work, note: Note) -> Result:
+        """Raises `DamagedArtifact`, and FileNotFoundError where the study's folder is not seen."""
+        if not self._folder.is_dir():
+            raise FileNotFoundError(
+                f"{os.uname().nodename} does not see the study's folder {self._folder}: "
+                "output_dir has to be on a file system that all nodes share"
+            )
+        return perform(work, self.bench, note)
+
+    def reset(self) -> None:
+        """Leave nothing of a work behind but what all works share."""
+        self._clean.restore()
+        give_memory_back()
+
+    def rss_mb(self) -> float:
+        return rss_mb()
+
+
+class Clean:
+    """What a process is like before any work: environment, settings and libraries."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+        self.settings = [(read(), write) for read, write in SETTINGS]
+        self.bindings = dict(_bindings())
+
+    def restore(self) -> None:
+        """End process groups, and set everything back; random numbers start anew from one seed."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        self._restore_environment()
+        for value, write in self.settings:
+            write(value)
+        self._restore_bindings()
+        set_seed(0)
+
+    def _restore_environment(self) -> None:
+        for name in os.environ.keys() - self.environment.keys():
+            del os.environ[name]
+        for name, value in self.environment.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+    def _restore_bindings(self) -> None:
+        """Undo patches. What was imported since is taken as it is."""
+        for (owner, name), value in _bindings():
+            if self.bindings.setdefault((owner, name), value) is not value:
+                setattr(owner, name, self.bindings[owner, name])
+
+
+def _bindings() -> Iterator[tuple[tuple[Any, str], Any]]:
+    """What can be called in the libraries: (module or class, name) and what that is."""
+    modules = {name: module for name, module in sys.modules.items() if name.startswith(LIBRARIES)}
+    for module_name, module in modules.items():
+        for name, value in list(vars(module).items()):
+            if not callable(value):
+                continue
+            yield (module, name), value
+            if isinstance(value, type) and value.__module__ == module_name:
+                methods = list(vars(value).items())
+                yield from (((value, n), method) for n, method in methods if callable(method))
+
+
+def give_memory_back() -> None:
+    """To the device and to the system, as far as nothing refers to it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def rss_mb() -> float:
+    """Resident memory of this process in 10⁶ bytes; its peak where the system tells no more."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

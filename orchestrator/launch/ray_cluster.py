@@ -1,0 +1,215 @@
+"""Ray as a study needs it: joined or started here, and what of it a gang takes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # ray reads it when it is imported
+import ray
+
+from orchestrator.resources import Resources
+from orchestrator.trial import BadInput
+
+Amounts = Mapping[str, float]
+Node = Mapping[str, Any]  # an entry of `ray.nodes()`
+LOOK_S = 5.0  # a cluster may grow and shrink
+OBJECT_STORE_BYTES = 100 * 2**20  # through which nothing but reports and measurements go
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one gang takes of one node: amounts by Ray's names, on a node with these labels."""
+
+    amounts: Amounts
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_cpus(self) -> int:
+        return int(self.amounts["CPU"])
+
+    @property
+    def num_gpus(self) -> int:
+        return int(self.amounts.get("GPU", 0))
+
+    def count_in(self, amounts: Amounts) -> int:
+        """How many of it there are in `amounts`."""
+        return min(int(amounts.get(name, 0) // much) for name, much in self.amounts.items() if much)
+
+    def __str__(self) -> str:
+        return said({**self.amounts, **self.labels})
+
+
+def said(amounts: Mapping[str, object]) -> str:
+    """As `4 CPU, 1 GPU, zone=a`."""
+    words = (f"{v}" if isinstance(v, str) else f"{v:g}" for v in amounts.values())
+    return ", ".join(
+        f"{name}={word}" if isinstance(amounts[name], str) else f"{word} {name}"
+        for name, word in zip(amounts, words, strict=True)
+    )
+
+
+def gang_shape(resources: Resources, nodes: Sequence[Node], *, use_gpus: bool) -> Shape:
+    """What a trial's gang takes, with the defaults that hang on the cluster."""
+    offers = [node["Resources"] for node in nodes]
+    with_gpus = [offer for offer in offers if offer.get("GPU", 0)] if use_gpus else []
+    gpus, cpus = resources.gpus_per_trial, resources.cpus_per_trial
+    if gpus is None:
+        gpus = 1 if with_gpus else 0
+    if cpus is None:
+        shares = [gpus * offer.get("CPU", 0) // offer["GPU"] for offer in with_gpus]
+        cpus = max(1, int(min(shares, default=1)))
+    amounts = {"CPU": cpus, "GPU": gpus, **resources.custom}
+    return Shape({name: much for name, much in amounts.items() if much}, resources.labels)
+
+
+def capacity(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> int:
+    """How many gangs a study may have on a cluster. Raises `BadInput` if that is none."""
+    offers = [node["Resources"] for node in nodes if _has(node, shape.labels)]
+    caps = {
+        "the cluster": sum(shape.count_in(offer) for offer in offers),
+        "resources.max_gangs": resources.max_gangs,
+        "resources.max_cpus": _parts(resources.max_cpus, shape.num_cpus),
+        "resources.max_gpus": _parts(resources.max_gpus, shape.num_gpus),
+    }
+    given = {name: cap for name, cap in caps.items() if cap is not None}
+    if given["the cluster"] == 0:
+        raise BadInput([_unmet(shape, nodes)])
+    if none := [name for name, cap in given.items() if cap == 0]:
+        raise BadInput([f"resources: a trial takes {shape}, more than {none[0]} allows."])
+    return min(given.values())
+
+
+def _parts(limit: int | None, each: int) -> int | None:
+    return None if limit is None or not each else limit // each
+
+
+def _has(node: Node, labels: Mapping[str, str]) -> bool:
+    """Whether a node has the labels, as far as they are plain; the others Ray judges itself."""
+    plain = {name: value for name, value in labels.items() if value[:1] != "!" and "(" not in value}
+    return all(node["Labels"].get(name) == value for name, value in plain.items())
+
+
+def _unmet(shape: Shape, nodes: Sequence[Node]) -> str:
+    names = [*shape.amounts, *shape.labels]
+    offers = ({**node["Resources"], **node["Labels"]} for node in nodes)
+    found = sorted({said({n: offer[n] for n in names if n in offer}) or "none" for offer in offers})
+    return f"resources: no node of the cluster has {shape}; its nodes have: {'; '.join(found)}."
+
+
+class Cluster:
+    """A connection to Ray. `is_own` says that it was started here and ends with it."""
+
+    def __init__(self, address: str | None) -> None:
+        self.is_own = False
+        self._temporary: Path | None = None
+        self._nodes: tuple[float, list[Node]] = (-LOOK_S, [])
+        self._connected_here = not ray.is_initialized()
+        if not self._connected_here:
+            return
+        address = address or os.environ.get("RAY_ADDRESS")
+        with _process_as_it_is():
+            if address:
+                _join(address)
+            else:
+                self._start()
+
+    def nodes(self) -> list[Node]:
+        """The nodes that live, as of a few seconds ago."""
+        at, nodes = self._nodes
+        if time.monotonic() - at > LOOK_S:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            self._nodes = (time.monotonic(), nodes)
+        return nodes
+
+    def available(self) -> dict[str, float]:
+        """What is free now on all nodes together."""
+        return dict(ray.available_resources())
+
+    def leave(self) -> None:
+        """Disconnect, and end what was started here."""
+        if self._connected_here and ray.is_initialized():
+            ray.shutdown(wait_for_processes=True)
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _start(self) -> None:
+        """Ray on this machine, for this user alone.
+
+        Unless told otherwise it wants a token by default. Ours is written nowhere: in the user's
+        home it would change how every later cluster starts.
+        """
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        self.is_own = True
+        self._temporary = Path(tempfile.mkdtemp(prefix="slimtune-", dir=_short_folder()))
+        ray.init(
+            address="local",
+            num_cpus=num_cores(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(self._temporary),
+            _system_config={
+                "prestart_worker_first_driver": False,
+                "process_group_cleanup_enabled": True,  # what a worker started dies with it
+            },
+            **_QUIET,
+        )
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _join(address: str) -> None:
+    """Connect to a Ray that runs. Raises `BadInput` where that fails."""
+    if "://" in address:
+        raise BadInput([f"resources.address: needs host:port or auto, got `{address}`."])
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        raise BadInput(
+            [
+                f"resources.address: cannot join Ray at {address}: {str(error).splitlines()[0]} "
+                "If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+            ]
+        ) from error
+
+
+def _short_folder() -> str:
+    """Where sockets may lie, whose paths have at most 107 bytes."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) <= 24 else "/tmp"
+
+
+@contextmanager
+def _process_as_it_is() -> Iterator[None]:
+    """Keep the signal handlers and the process group, both of which `ray.init` replaces.
+
+    In a group of its own the driver would not hear the terminal's Ctrl-C.
+    """
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    group = os.getpgrp()
+    try:
+        yield
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+        if os.getpgrp() != group:
+            os.setpgid(0, group)

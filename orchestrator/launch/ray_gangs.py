@@ -1,0 +1,377 @@
+"""Trials in parallel on Ray: warm gangs of workers, on placement groups that the driver owns.
+
+A gang is started when there is work for it and room on the cluster. It is kept from one work to
+the next, and replaced when it fails, grows or has done its share.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.launch.ray_cluster import Cluster, Shape, capacity, gang_shape, said  # isort: skip
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from orchestrator.launch import Done, Event, Lost, Told
+from orchestrator.trial import BadInput, Reason, Work
+
+if TYPE_CHECKING:
+    from orchestrator.recipe import Recipe
+
+POLL_S = 1.0  # between looks at deadlines; news come at once
+LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
+GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
+PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+# -- in the worker's process ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker hands back: a value, or the problems in its way; its size afterwards."""
+
+    value: Any = None
+    problems: tuple[str, ...] = ()
+    rss_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class News:
+    """The `number`-th thing a worker has to say: the stage that a work has come to."""
+
+    number: int = 0
+    work: Work | None = None
+    stage: str = ""
+
+
+class RayWorker:
+    """One process of a gang, as Ray's actor. What it is asked to do is in orchestrator/gang.py.
+
+    It works in one thread and answers questions about that in another.
+    """
+
+    def __init__(self, worker: str, arguments: dict[str, Any]) -> None:
+        self._worker, self._arguments = worker, arguments
+        self._news, self._said = News(), threading.Condition()
+
+    @cached_property
+    def worker(self) -> Any:
+        module, _, name = self._worker.partition(":")
+        return getattr(import_module(module), name)(**self._arguments)
+
+    @ray.method(concurrency_group="work")
+    def facts(self) -> Answer:
+        try:
+            return Answer(self.worker.facts())
+        except BadInput as error:
+            return Answer(problems=tuple(error.problems))
+
+    @ray.method(concurrency_group="work")
+    def do(self, work: Work) -> Answer:
+        self._say(work, "")
+        value, problems = None, ()
+        try:
+            value = self.worker.do(work, lambda stage: self._say(work, stage))
+        except Exception as error:
+            problems = (str(error) or type(error).__name__,)
+        self.worker.reset()
+        return Answer(value, problems, self.worker.rss_mb())
+
+    def _say(self, work: Work, stage: str) -> None:
+        with self._said:
+            self._news = News(self._news.number + 1, work, stage)
+            self._said.notify_all()
+
+    @ray.method(concurrency_group="news")
+    def news(self, after: int) -> News:
+        """What is new since number `after`; waits a while for it."""
+        with self._said:
+            self._said.wait_for(lambda: self._news.number > after, timeout=LOOK_S)
+            return self._news
+
+
+REMOTE_WORKER = ray.remote(
+    max_restarts=0, max_task_retries=0, concurrency_groups={"work": 1, "news": 1}
+)(RayWorker)
+
+
+# -- in the driver's process ---------------------------------------------------------------------
+
+
+class Gang:
+    """Workers on a placement group of their own, kept from one work to the next.
+
+    `work` is what it does now, `begun` whether a worker has said so, `memory_mb` the size of its
+    first worker after each work.
+    """
+
+    def __init__(self, shape: Shape, *, name: str, worker: str, arguments: dict[str, Any]) -> None:
+        self.work: Work | None = None
+        self.answer: ray.ObjectRef | None = None
+        self.begun = False
+        self.since = time.monotonic()  # of the work, else of idleness
+        self.memory_mb: list[float] = []
+        self.heard = 0
+        self.place = placement_group(
+            [dict(shape.amounts)],
+            name=name,
+            bundle_label_selector=[dict(shape.labels)] if shape.labels else None,
+        )
+        self.placing: ray.ObjectRef | None = self.place.ready()
+        self.actors = [self._actor(shape, worker, arguments)]
+        self.news = self.actors[0].news.remote(0)
+
+    def _actor(self, shape: Shape, worker: str, arguments: dict[str, Any]) -> Any:
+        custom = {n: much for n, much in shape.amounts.items() if n not in ("CPU", "GPU")}
+        options = REMOTE_WORKER.options(
+            num_cpus=shape.num_cpus,
+            num_gpus=shape.num_gpus,
+            resources=custom,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.place),
+            runtime_env={"env_vars": _environment(shape.num_cpus)},
+        )
+        return options.remote(worker, arguments)
+
+    def start(self, work: Work) -> None:
+        self.work, self.begun = work, False
+        self.since = time.monotonic()
+        self.answer = self.actors[0].do.remote(work)
+
+    def finish(self) -> None:
+        self.work = self.answer = None
+        self.since = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since its work was handed over; placing does not count."""
+        return 0.0 if self.placing else time.monotonic() - self.since
+
+    @property
+    def has_grown(self) -> bool:
+        settled = max(self.memory_mb[:2])
+        return self.memory_mb[-1] > GROWTH * settled + GROWTH_MB
+
+    def end(self) -> None:
+        """Free all that it holds, whatever it does; its processes are killed."""
+        with suppress(RayError, ValueError):
+            for actor in self.actors:
+                ray.kill(actor)
+            remove_placement_group(self.place)
+
+
+class RayGangs:
+    """A launcher of warm gangs. Joins Ray, or starts it here, when it is first asked for room.
+
+    `worker` names the class whose `facts`, `do`, `reset` and `rss_mb` a worker's process calls.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        *,
+        device: str | None = None,
+        worker: str = "orchestrator.gang:Worker",
+    ) -> None:
+        self.hear: Callable[[Told], None] = lambda told: None
+        self.name, self.resources = recipe.name, recipe.resources
+        self.gangs: list[Gang] = []
+        self._worker = worker
+        self._use_gpus = device != "cpu"
+        self._arguments = {
+            "recipe": recipe.resolved(),
+            "folder": str(folder.resolve()),
+            "device": "cuda:0" if device and device.startswith("cuda") else device,
+        }
+        atexit.register(self.close)
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        return Cluster(self.resources.address)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """What each gang takes. Raises `BadInput` where the cluster has no such room."""
+        nodes = self.cluster.nodes()
+        shape = gang_shape(self.resources, nodes, use_gpus=self._use_gpus)
+        capacity(shape, self.resources, nodes)
+        return shape
+
+    # -- what the study asks ---------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        gang = self._idle() or self._new_gang()
+        answer: Answer = ray.get(gang.actors[0].facts.remote())
+        gang.finish()
+        if answer.problems:
+            raise BadInput(list(answer.problems))
+        return dict(answer.value)
+
+    def free(self) -> int:
+        """At least one when nothing runs: then a work may wait for its gang."""
+        self._hand_back()
+        idle = sum(gang.work is None for gang in self.gangs)
+        most = capacity(self.shape, self.resources, self.cluster.nodes()) - len(self.gangs)
+        if most > 0 and not self.cluster.is_own:  # others take of it too
+            most = min(most, self.shape.count_in(self.cluster.available()))
+        return max(idle + max(0, most), 0 if self._working() else 1)
+
+    def start(self, work: Work) -> None:
+        (self._idle() or self._new_gang()).start(work)
+
+    def wait(self, timeout: float | None = None) -> list[Event]:
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while self._working():
+            events = [*self._overdue(), *self._hear(min(POLL_S, until - time.monotonic()))]
+            if events or time.monotonic() >= until:
+                return events
+        return []
+
+    def waiting(self) -> dict[str, str]:
+        late = [gang for gang in self._working() if not gang.begun]
+        return {gang.work.key: self._reason(gang) for gang in late if gang.work}
+
+    def now(self) -> float:
+        return time.time()
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        for gang in list(self.gangs):
+            self._end(gang)
+        if cluster := self.__dict__.pop("cluster", None):
+            cluster.leave()
+
+    # -- gangs -----------------------------------------------------------------------------------
+
+    def _working(self) -> list[Gang]:
+        return [gang for gang in self.gangs if gang.work]
+
+    def _idle(self) -> Gang | None:
+        """The one that worked last, so that others can be handed back."""
+        idle = [gang for gang in self.gangs if not gang.work]
+        return max(idle, key=lambda gang: gang.since, default=None)
+
+    def _new_gang(self) -> Gang:
+        gang = Gang(
+            self.shape,
+            name=f"{self.name}-{secrets.token_hex(4)}",
+            worker=self._worker,
+            arguments={**self._arguments, "threads": self.shape.num_cpus},
+        )
+        self.gangs.append(gang)
+        return gang
+
+    def _end(self, gang: Gang) -> None:
+        self.gangs.remove(gang)
+        gang.end()
+
+    def _hand_back(self) -> None:
+        """What a cluster lent and nothing is done with."""
+        for gang in list(self.gangs):
+            idle = not gang.work and time.monotonic() - gang.since > self.resources.idle_s
+            if idle and not self.cluster.is_own:
+                self._end(gang)
+
+    def _reason(self, gang: Gang) -> str:
+        if not gang.placing:
+            return "its worker starts"
+        available = self.cluster.available()
+        free = {name: available.get(name, 0.0) for name in self.shape.amounts}
+        return f"a place with {self.shape}; the whole cluster has free: {said(free)}"
+
+    # -- what they say ---------------------------------------------------------------------------
+
+    def _overdue(self) -> Iterator[Event]:
+        limit = self.resources.time_limit_s or math.inf
+        for gang in [gang for gang in self._working() if gang.seconds > limit]:
+            assert gang.work
+            self._end(gang)
+            message = f"ended after {limit:g} s, its resources.time_limit_s"
+            yield Lost(gang.work, Reason.TIMEOUT, message, again=False)
+
+    def _hear(self, timeout: float) -> list[Event]:
+        """The next thing that any gang has to say, if there is one in time."""
+        refs = {}
+        for gang in self._working():
+            refs |= {gang.news: (gang, self._hear_news), gang.answer: (gang, self._hear_answer)}
+            if gang.placing:
+                refs[gang.placing] = (gang, self._hear_placed)
+        ready, _ = ray.wait(list(refs), timeout=max(0.0, timeout))
+        for ref in ready:
+            gang, hear = refs[ref]
+            return hear(gang)
+        return []
+
+    def _hear_placed(self, gang: Gang) -> list[Event]:
+        gang.placing = None
+        gang.since = time.monotonic()
+        return []
+
+    def _hear_news(self, gang: Gang) -> list[Event]:
+        try:
+            news: News = ray.get(gang.news)
+        except RayError as error:
+            return self._lose(gang, error)
+        gang.news = gang.actors[0].news.remote(news.number)
+        if gang.work == news.work and news.number > gang.heard:
+            gang.begun, gang.heard = True, news.number
+            if news.stage:
+                self.hear(Told(news.work, news.stage))
+        return []
+
+    def _hear_answer(self, gang: Gang) -> list[Event]:
+        work = gang.work
+        assert work and gang.answer
+        try:
+            answer: Answer = ray.get(gang.answer)
+        except RayError as error:
+            return self._lose(gang, error)
+        gang.finish()
+        gang.memory_mb.append(answer.rss_mb)
+        if gang.has_grown or len(gang.memory_mb) >= self.resources.recycle_after:
+            self._end(gang)
+        if answer.problems:
+            return [Lost(work, Reason.ERROR, answer.problems[0], again=False)]
+        return [Done(work, answer.value)]
+
+    def _lose(self, gang: Gang, error: RayError) -> list[Event]:
+        """What became of a gang whose process is gone."""
+        assert gang.work
+        self._end(gang)
+        reason = Reason.OOM if isinstance(error, OutOfMemoryError) else Reason.ERROR
+        again = not isinstance(error, RayTaskError) and not _never_started(error)
+        return [Lost(gang.work, reason, _words(error), again=again)]
+
+
+def _environment(num_threads: int) -> dict[str, str]:
+    """What a worker's process needs before it imports anything."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
+    if PACKAGE_PARENT.name in ("site-packages", "dist-packages"):
+        return threads
+    return threads | {"PYTHONPATH": f"{PACKAGE_PARENT}:${{PYTHONPATH}}"}
+
+
+def _never_started(error: RayError) -> bool:
+    return isinstance(error, RayActorError) and error.actor_init_failed
+
+
+def _words(error: RayError) -> str:
+    """The line of Ray's message that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = next((line for line in lines if "exit" in line or "Error:" in line), lines[-1])
+    return f"its worker was lost: {why[:300]}"

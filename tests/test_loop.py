@@ -1,0 +1,349 @@
+"""The study's loop on a virtual clock: many gangs, lost workers, killed drivers, wider spaces."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_study
+
+from orchestrator.facts import ask_worker
+from orchestrator.launch.virtual import Virtual
+from orchestrator.ledger import Held, Ledger
+from orchestrator.manifest import ledger_key
+from orchestrator.recipe import make_recipe
+from orchestrator.search import SEARCHERS
+from orchestrator.study import Silent, Study
+from orchestrator.trial import (
+    BadInput,
+    Measurement,
+    Reason,
+    Result,
+    TrialConfig,
+    TrialResult,
+    TrialStatus,
+    Work,
+)
+
+RATES = {"choice": [1e-4, 2e-4, 3e-4, 4e-4]}
+SPACE: dict[str, Any] = {
+    "prune": {"choice": ["none", {"method": "structured", "neurons": {"choice": [0.25, 0.5]}}]},
+    "quantize": {"choice": ["none", "W8A8"]},
+    "finetune": {"learning_rate": RATES, "max_steps": 5},
+}
+NUM_CONFIGS = 24
+ALONE = {"dense_int8": False, "first_layers": [], "random_twin": False}
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a worker says of the tiny study."""
+    return ask_worker(recipe_of(tmp_path_factory.mktemp("facts")))
+
+
+def recipe_of(folder: Path, **sections: Any) -> Any:
+    own = {"references": ALONE, "space": SPACE, "keep": "all"}
+    return make_recipe(tiny_study.recipe(folder, **own | sections))
+
+
+def drawn(key: str, what: str) -> float:
+    """A number in [0, 1) that hangs on a configuration alone."""
+    return int(hashlib.sha256(f"{key}{what}".encode()).hexdigest()[:12], 16) / 16**12
+
+
+def surrogate(work: Work) -> tuple[float, Result | Reason]:
+    """Made-up outcomes of every kind; how long a work takes hangs on its configuration."""
+    if work.kind in ("test", "timings"):
+        return 1.0, ((Measurement(metrics={}), "") if work.kind == "test" else {})
+    config = work.config or TrialConfig(model=work.model)
+    seconds = 10 + 90 * drawn(config.id, "seconds")
+    if work.kind == "trial" and drawn(config.id, "fails") < 0.15:
+        return seconds, ended(config, seconds, TrialStatus.FAILED)
+    return seconds, ended(config, seconds)
+
+
+def ended(
+    config: TrialConfig, seconds: float, status: TrialStatus = TrialStatus.COMPLETED
+) -> TrialResult:
+    size = 1 + drawn(config.id, "size")
+    metrics = {
+        "accuracy": 0.5 + 0.4 * drawn(config.id, "accuracy"),
+        "size_mb": size,
+        "latency_ms": size * drawn(config.id, "latency"),
+    }
+    completed = status is TrialStatus.COMPLETED
+    return TrialResult(
+        trial_id=config.id,
+        config=config,
+        status=status,
+        reason=None if completed else Reason.DIVERGED,
+        measurement=Measurement(metrics=metrics) if completed else None,
+        device_seconds=seconds,
+    )
+
+
+def run(
+    folder: Path, facts: Any, *, surrogate: Any = surrogate, num_gangs: int = 3, **sections: Any
+) -> dict[str, Any]:
+    launcher = Virtual(surrogate, facts=facts, num_gangs=num_gangs)
+    return Study(recipe_of(folder, **sections), launcher=launcher).run()
+
+
+def events(folder: Path) -> list[Any]:
+    ledger = Ledger(folder / "study" / "ledger", ledger_key(folder / "study"))
+    found = list(ledger.events())
+    ledger.close()
+    return found
+
+
+def finished(folder: Path) -> list[str]:
+    return [event.key for event in events(folder) if event.kind == "finished"]
+
+
+def asked(folder: Path) -> list[str]:
+    return [event.key for event in events(folder) if event.kind == "asked"]
+
+
+# -- many gangs ----------------------------------------------------------------------------------
+
+
+def test_every_configuration_runs_once_whatever_the_number_of_gangs(tmp_path, facts):
+    ids = set()
+    for num_gangs in (1, 7):
+        folder = tmp_path / str(num_gangs)
+        folder.mkdir()
+        front = run(folder, facts, num_gangs=num_gangs)
+        counts = Counter(finished(folder))
+        assert set(counts.values()) == {1} and len(counts) == NUM_CONFIGS + 1
+        assert sum(front["trials"][name] for name in ("completed", "failed")) == NUM_CONFIGS + 1
+        ids.add(frozenset(counts))
+    assert len(ids) == 1
+
+
+def test_gangs_work_at_the_same_time(tmp_path, facts):
+    clocks = []
+    for num_gangs in (1, 6):
+        folder = tmp_path / str(num_gangs)
+        folder.mkdir()
+        launcher = Virtual(surrogate, facts=facts, num_gangs=num_gangs)
+        Study(recipe_of(folder), launcher=launcher).run()
+        clocks.append(launcher.now())
+    assert clocks[1] < clocks[0] / 3
+
+
+# -- killed drivers ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """The driver's process is gone."""
+
+
+def run_until_killed(folder: Path, facts: Any, *, after: int, **sections: Any) -> None:
+    """A driver that dies after `after` events, before it knows that the last one was written."""
+    launcher = Virtual(surrogate, facts=facts, num_gangs=3)
+    study = Study(recipe_of(folder, **sections), launcher=launcher)
+    written = 0
+    append = Ledger.append
+
+    def dying(self: Ledger, *arguments: Any, **payload: Any) -> Any:
+        nonlocal written
+        if written == after:
+            raise Killed
+        written += 1
+        return append(self, *arguments, **payload)
+
+    Ledger.append = dying  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Killed):
+            study.run()
+    finally:
+        Ledger.append = append  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_a_study_whose_driver_is_killed_again_and_again_ends_as_if_it_was_not(
+    name, tmp_path, facts
+):
+    search = {"search": {"name": name} if name == "grid" else {"name": name, "num_trials": 12}}
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    run(tmp_path / "whole", facts, **search)
+    rng = random.Random(0)
+    for _ in range(6):
+        run_until_killed(tmp_path / "killed", facts, after=rng.randint(1, 9), **search)
+    before = {
+        e.key: e.payload["result"] for e in events(tmp_path / "killed") if e.kind == "finished"
+    }
+    front = run(tmp_path / "killed", facts, **search)
+    after = Counter(finished(tmp_path / "killed"))
+    assert set(after.values()) == {1}
+    assert (
+        before.items()
+        <= {
+            e.key: e.payload["result"] for e in events(tmp_path / "killed") if e.kind == "finished"
+        }.items()
+    )
+    assert front["trials"]["reused"] >= len(before)
+    assert len(asked(tmp_path / "killed")) == len(asked(tmp_path / "whole"))
+    if name in ("grid", "random"):
+        assert set(after) == set(finished(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_with_the_same_order_of_arrival_a_killed_study_asks_the_same(name, tmp_path, facts):
+    search = {"search": {"name": name} if name == "grid" else {"name": name, "num_trials": 12}}
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    run(tmp_path / "whole", facts, num_gangs=1, **search)
+    for after in (4, 3, 2):
+        launcher = Virtual(surrogate, facts=facts, num_gangs=1)
+        study = Study(recipe_of(tmp_path / "killed", **search), launcher=launcher)
+        stop_after(study, after)
+    run(tmp_path / "killed", facts, num_gangs=1, **search)
+    assert asked(tmp_path / "killed") == asked(tmp_path / "whole")
+    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
+
+
+def stop_after(study: Study, num_works: int) -> None:
+    """End a driver between two works."""
+    left = num_works
+    start = study.launcher.start
+
+    def counting(work: Work) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        start(work)
+
+    study.launcher.start = counting  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        study.run()
+
+
+# -- lost workers --------------------------------------------------------------------------------
+
+
+def test_a_lost_work_is_tried_again_and_given_up_after_three_attempts(tmp_path, facts):
+    attempts: Counter[str] = Counter()
+
+    def deadly(work: Work) -> tuple[float, Result | Reason]:
+        attempts[work.key] += work.kind == "trial"
+        victim = work.config is not None and work.kind == "trial"
+        if victim and drawn(work.key, "dies") < 0.2:
+            return 1.0, Reason.ERROR
+        if victim and drawn(work.key, "dies") < 0.4 and work.attempt == 1:
+            return 1.0, Reason.OOM
+        return surrogate(work)
+
+    front = run(tmp_path, facts, surrogate=deadly)
+    doomed = {key for key in attempts if drawn(key, "dies") < 0.2 and attempts[key]}
+    unlucky = {key for key in attempts if 0.2 <= drawn(key, "dies") < 0.4 and attempts[key]}
+    assert doomed and unlucky
+    assert {attempts[key] for key in doomed} == {3} and {attempts[key] for key in unlucky} == {2}
+    messages = {t["trial_id"]: t["message"] for t in front["all_trials"]}
+    assert all("worker died" in messages[key] and "attempt 3" in messages[key] for key in doomed)
+    assert set(finished(tmp_path)) - {"baseline:bert"} == set(asked(tmp_path))
+
+
+# -- budgets -------------------------------------------------------------------------------------
+
+
+def test_a_budget_of_trials_is_kept_and_may_be_raised(tmp_path, facts):
+    run(tmp_path, facts, budget={"num_trials": 5})
+    first = asked(tmp_path)
+    assert len(first) == 5
+    run(tmp_path, facts, budget={"num_trials": 9})
+    assert len(asked(tmp_path)) == 9 and asked(tmp_path)[:5] == first
+    assert set(Counter(finished(tmp_path)).values()) == {1}
+
+
+def test_device_hours_count_all_work_and_are_overrun_by_one_trial_a_gang_at_most(tmp_path, facts):
+    def costly(work: Work) -> tuple[float, Result | Reason]:
+        if work.kind == "trial" and drawn(work.key, "dies") < 0.3:
+            return 30.0, Reason.ERROR
+        return surrogate(work)
+
+    hours = 500 / 3600
+    front = run(tmp_path, facts, surrogate=costly, budget={"device_hours": hours}, num_gangs=3)
+    lost = [e.payload["device_seconds"] for e in events(tmp_path) if e.kind == "lost"]
+    assert lost and len(asked(tmp_path)) < NUM_CONFIGS
+    assert 500 <= front["device_seconds"] <= 500 + 3 * 100
+
+
+def test_money_is_hours_by_their_price(tmp_path, facts):
+    run(tmp_path, facts, budget={"money": 1.0, "price_per_device_hour": 3600 / 300})
+    assert 2 < len(asked(tmp_path)) < NUM_CONFIGS
+
+
+# -- another recipe in the same folder -----------------------------------------------------------
+
+
+def wider(**changes: Any) -> dict[str, Any]:
+    return {"space": copy.deepcopy(SPACE) | changes}
+
+
+def test_a_wider_space_goes_on_from_what_is_there(tmp_path, facts):
+    run(tmp_path, facts)
+    first = finished(tmp_path)
+    rates = {"learning_rate": {"choice": [*RATES["choice"], 5e-4]}, "max_steps": 5}
+    front = run(tmp_path, facts, **wider(finetune=rates))
+    assert finished(tmp_path)[: len(first)] == first
+    assert len(asked(tmp_path)) == NUM_CONFIGS * 5 // 4
+    assert front["trials"]["reused"] == len(first)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (wider(quantize="W8A8"), "another `space.quantize`"),
+        (wider(quantize={"choice": ["W8A8", "none"]}), "another `space.quantize`"),
+        (wider(forbid=[{"quantize.scheme": "none"}]), "another `space.forbid`"),
+        ({"seed": 5}, "another `seed`"),
+        ({"objectives": ["accuracy", "size_mb"]}, "another `objectives`"),
+        (
+            wider(finetune={"learning_rate": RATES, "max_steps": {"choice": [5, 9]}}),
+            "space.finetune",
+        ),
+    ],
+)
+def test_a_recipe_that_contradicts_the_study_is_refused_with_what_differs(
+    sections, words, tmp_path, facts
+):
+    run(tmp_path, facts, budget={"num_trials": 1})
+    before = events(tmp_path)
+    with pytest.raises(BadInput) as refused:
+        run(tmp_path, facts, **sections)
+    assert words in str(refused.value) and "choose another output_dir" in str(refused.value)
+    assert [e for e in events(tmp_path) if e.kind != "lease"] == before
+
+
+# -- two drivers ---------------------------------------------------------------------------------
+
+
+def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path, facts):
+    refused: list[str] = []
+
+    class Nosy(Silent):
+        def phase(self, text: str) -> None:
+            if not refused:
+                with pytest.raises(Held) as held:
+                    run(tmp_path, facts)
+                refused.append(str(held.value))
+
+    launcher = Virtual(surrogate, facts=facts, num_gangs=2)
+    front = Study(recipe_of(tmp_path), launcher=launcher, watch=Nosy()).run()
+    assert f"process {os.getpid()}" in refused[0]
+    assert front["trials"]["completed"] > 0
+    assert set(Counter(finished(tmp_path)).values()) == {1}
+
+
+def test_the_manifest_names_no_password(tmp_path):
+    with pytest.raises(BadInput, match="password"):
+        recipe_of(tmp_path, ledger="postgresql://me:secret@host/db")

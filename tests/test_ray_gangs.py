@@ -1,0 +1,279 @@
+"""Works run on warm gangs in parallel; whatever dies is told, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray")
+
+from ray.util import placement_group_table  # noqa: E402
+
+from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs  # noqa: E402
+from orchestrator.resources import Resources  # noqa: E402
+from orchestrator.trial import BadInput, Reason, Work  # noqa: E402
+
+pytestmark = pytest.mark.cluster
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ray_cluster.Cluster]:
+    """Ray with four CPUs, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_cluster, "num_cores", lambda: 4)
+        patch.setenv("PYTHONPATH", str(TESTS))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        cluster = ray_cluster.Cluster(None)
+        yield cluster
+        cluster.leave()
+
+
+@pytest.fixture
+def gangs(cluster: ray_cluster.Cluster, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Makes launchers of toy workers, and closes them."""
+    made = []
+
+    def make(problems: list[str] | None = None, **resources: Any) -> ray_gangs.RayGangs:
+        recipe = SimpleNamespace(
+            name="toy", resources=Resources(**resources), resolved=lambda: {"problems": problems}
+        )
+        made.append(
+            ray_gangs.RayGangs(
+                recipe,  # type: ignore[arg-type]
+                tmp_path,
+                worker="toy_worker:ToyWorker",
+            )
+        )
+        return made[-1]
+
+    yield make
+    for launcher in made:
+        launcher.close()
+
+
+def do(words: str, key: str = "w") -> Work:
+    return Work("baseline", key, model=words)
+
+
+def ended(launcher: ray_gangs.RayGangs, count: int = 1) -> list[Event]:
+    events: list[Event] = []
+    deadline = time.monotonic() + 120
+    while len(events) < count:
+        assert time.monotonic() < deadline, launcher.waiting()
+        events += launcher.wait(1.0)
+    return events
+
+
+def run(launcher: ray_gangs.RayGangs, words: str) -> Any:
+    launcher.start(do(words))
+    [event] = ended(launcher)
+    assert isinstance(event, Done), event
+    return event.result
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_two_works_run_at_the_same_time(gangs):
+    launcher = gangs(cpus_per_trial=2)
+    for key in ("a", "b"):
+        assert launcher.free() > 0
+        launcher.start(do("meet 2", key))
+    assert launcher.free() == 0
+    events = ended(launcher, 2)
+    assert {event.work.key for event in events} == {"a", "b"}
+    assert len({event.result["pid"] for event in events}) == 2
+
+
+def test_a_gang_is_kept_and_left_clean_after_each_work(gangs):
+    launcher = gangs()
+    first, second = run(launcher, "answer"), run(launcher, "answer")
+    assert first["pid"] == second["pid"]
+    assert (first["num_resets"], second["num_resets"]) == (0, 1)
+
+
+def test_a_worker_has_as_many_threads_as_its_gang_has_cpus(gangs):
+    facts = gangs(cpus_per_trial=3).facts()
+    assert (facts["threads"], facts["omp"]) == (3, "3")
+
+
+def test_problems_of_the_input_come_back_as_they_are(gangs):
+    problems = ["model a: it is missing.", "task.data: no such file."]
+    with pytest.raises(BadInput) as caught:
+        gangs(problems=problems).facts()
+    assert caught.value.problems == problems
+
+
+def test_stages_are_told_with_their_work(gangs):
+    launcher, told = gangs(), []
+    launcher.hear = told.append
+    launcher.start(do("meet 2", "a"))
+    until(lambda: bool(launcher.wait(0.05) or told))
+    assert told == [Told(do("meet 2", "a"), "meet")]
+    launcher.start(do("meet 2", "b"))
+    ended(launcher, 2)
+
+
+def test_a_killed_worker_loses_its_work_alone_and_the_next_one_is_fresh(gangs, tmp_path):
+    launcher = gangs()
+    launcher.start(do("hang", "a"))
+    until((tmp_path / "hangs").exists)
+    launcher.start(do("meet 2", "b"))
+    pid, child = (int((tmp_path / name).read_text()) for name in ("pid", "child"))
+    os.kill(pid, signal.SIGKILL)
+    [lost] = ended(launcher)
+    assert isinstance(lost, Lost)
+    assert (lost.work.key, lost.reason, lost.again) == ("a", Reason.ERROR, True)
+    until(lambda: not alive(child))
+    launcher.start(do("meet 2", "a"))
+    done = ended(launcher, 2)
+    assert all(isinstance(event, Done) for event in done)
+    assert pid not in {event.result["pid"] for event in done}
+
+
+def test_a_work_beyond_its_time_limit_is_ended_with_all_it_started(gangs, tmp_path):
+    launcher = gangs(time_limit_s=0.5)
+    launcher.start(do("hang"))
+    [lost] = ended(launcher)
+    assert (lost.reason, lost.again) == (Reason.TIMEOUT, False)
+    assert "0.5 s" in lost.message
+    if (tmp_path / "hangs").exists():
+        pids = [int((tmp_path / name).read_text()) for name in ("pid", "child")]
+        until(lambda: not any(map(alive, pids)))
+
+
+def test_what_a_work_cannot_do_is_told_and_its_gang_stays(gangs):
+    launcher = gangs()
+    pid = run(launcher, "answer")["pid"]
+    launcher.start(do("damaged model.onnx is not the one that was measured"))
+    [lost] = ended(launcher)
+    assert (lost.reason, lost.again) == (Reason.ERROR, False)
+    assert lost.message == "model.onnx is not the one that was measured"
+    assert run(launcher, "answer")["pid"] == pid
+
+
+@pytest.mark.parametrize(
+    ("resources", "works"),
+    [({"recycle_after": 2}, ["answer"] * 2), ({}, ["answer", "answer", "grow 700"])],
+)
+def test_a_gang_is_replaced_after_its_share_of_works_or_when_it_has_grown(gangs, resources, works):
+    launcher = gangs(**resources)
+    before = {run(launcher, words)["pid"] for words in works}
+    assert len(before) == 1
+    assert run(launcher, "answer")["pid"] not in before
+
+
+def test_a_study_takes_no_more_than_its_resources_say(gangs):
+    until(lambda: gangs(max_gangs=3).free() == 3)
+    until(lambda: gangs(cpus_per_trial=2).free() == 2)
+    assert gangs(max_cpus=3, cpus_per_trial=2).free() == 1
+
+
+def test_a_trial_that_no_node_has_room_for_is_bad_input(gangs):
+    with pytest.raises(BadInput, match=r"no node of the cluster has 64 CPU.*nodes have: 4 CPU"):
+        gangs(cpus_per_trial=64).free()
+    with pytest.raises(BadInput, match=r"has 1 CPU, zone=a; its nodes have: 4 CPU"):
+        gangs(labels={"zone": "a"}).free()
+    with pytest.raises(BadInput, match="more than resources.max_cpus allows"):
+        gangs(cpus_per_trial=2, max_cpus=1).free()
+
+
+def test_a_work_without_room_says_what_it_waits_for_and_runs_when_there_is(gangs):
+    first, second = gangs(cpus_per_trial=3), gangs(cpus_per_trial=2)
+    first.facts()
+    assert second.free() == 1  # nothing of it runs, so one may wait
+    second.start(do("answer"))
+    assert second.wait(0.5) == []
+    assert second.waiting() == {"w": "a place with 2 CPU; the whole cluster has free: 1 CPU"}
+    first.close()
+    [event] = ended(second)
+    assert isinstance(event, Done) and second.waiting() == {}
+
+
+def test_an_idle_gang_is_handed_back_to_a_cluster_that_was_joined(gangs):
+    launcher = gangs(idle_s=0.1)
+    pid = run(launcher, "answer")["pid"]
+    time.sleep(0.2)
+    launcher.free()
+    until(lambda: not alive(pid))
+    until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+def test_closing_leaves_no_process_and_no_placement_group(gangs, tmp_path):
+    launcher = gangs()
+    idle = run(launcher, "answer")["pid"]
+    for key in ("a", "b"):
+        launcher.start(do("hang", key))
+    until((tmp_path / "hangs").exists)
+    pids = [idle, *(int((tmp_path / name).read_text()) for name in ("pid", "child"))]
+    launcher.close()
+    until(lambda: not any(map(alive, pids)))
+    until(lambda: ray.available_resources().get("CPU") == 4)
+    assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
+
+
+DRIVER = """
+import os, signal, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+group, handlers = os.getpgrp(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+from orchestrator.launch.ray_gangs import RayGangs
+from orchestrator.resources import Resources
+from orchestrator.trial import Work
+recipe = SimpleNamespace(name="toy", resources=Resources(), resolved=dict)
+launcher = RayGangs(recipe, Path(sys.argv[1]), worker="toy_worker:ToyWorker")
+launcher.start(Work("baseline", "w", model="hang"))
+assert os.getpgrp() == group
+assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+while True:
+    launcher.wait(1.0)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_a_driver_that_ends_takes_the_ray_it_started_along(tmp_path, sent):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "HOME": str(tmp_path)}
+    env |= {"TMPDIR": "/tmp"}
+    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    until(lambda: (tmp_path / "hangs").exists() or driver.poll() is not None)
+    assert driver.poll() is None, driver.stderr and driver.stderr.read()
+    pids = [driver.pid, *below(driver.pid)]
+    assert len(pids) > 3
+    driver.send_signal(sent)
+    driver.wait(60)
+    until(lambda: not any(map(alive, pids)))
+    assert not (tmp_path / ".ray").exists()
+
+
+def below(pid: int) -> list[int]:
+    """All that a process has started, and what that has; but Ray's agents, who take a minute."""
+    found = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    children = [child for child in map(int, found.split()) if b"Agent" not in cmdline(child)]
+    return [one for child in children for one in (child, *below(child))]
+
+
+def cmdline(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
