@@ -32,7 +32,8 @@ QUICK = [
     "baseline.finetune.max_steps=4",
     "baseline.finetune.learning_rate=1e-4",
     "space.finetune.max_steps=4",
-    "space.finetune.augmentation.copies=1",
+    "space.finetune.augmentation=null",
+    "space.prune=[{method: vocabulary, vocab_size: 23000}, {method: structured, heads: 0.5}]",
     "measure.max_seconds=1",
     "task.max_length=16",
 ]

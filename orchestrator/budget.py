@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from orchestrator.trial import Frozen
+
+if TYPE_CHECKING:
+    from orchestrator.ledger import Event
 
 
 @dataclass
@@ -20,6 +23,32 @@ class Spent:
     num_trials: int = 0
     device_s: float = 0.0
     wall_s: float = 0.0
+
+
+class Past:
+    """When earlier drivers ran, and what they had begun when they were killed, from their events."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, tuple[float, float]] = {}  # first and last event under each lease
+        self._begun: dict[str, tuple[int, float]] = {}
+
+    def add(self, event: Event) -> None:
+        first, _ = self._runs.get(event.lease, (event.time, event.time))
+        self._runs[event.lease] = (first, event.time)
+        if event.kind == "started":
+            self._begun[event.key] = (event.lease, event.time)
+        elif event.kind in ("finished", "lost"):
+            self._begun.pop(event.key, None)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first to the last event of each driver."""
+        return sum(last - first for first, last in self._runs.values())
+
+    @property
+    def unended_s(self) -> float:
+        """Seconds of works that came to no end, up to the last event of their driver."""
+        return sum(self._runs[lease][1] - since for lease, since in self._begun.values())
 
 
 class Budget(Frozen):

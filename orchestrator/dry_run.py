@@ -91,8 +91,7 @@ def _asked(recipe: Recipe, facts: Json) -> Iterator[TrialConfig]:
         arguments = (recipe, model.id, _signature(model.id, facts))
         yield from (config for _, config in dense_int8(*arguments))
         yield from (config for _, config in first_layers(*arguments))
-    search = recipe.search.start(recipe.space, seed=recipe.seed, goal=recipe.goal)
-    yield from islice(iter(search.ask, None), MAX_CONFIGS)
+    yield from islice(recipe.asked(), MAX_CONFIGS)
 
 
 def reasons_against(

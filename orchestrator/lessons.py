@@ -50,15 +50,14 @@ def taught(
 
     It answers beforehand where a row has one answer and no more is asked.
     """
-    if bench.task.kind != "encoder":
-        dense = bench.dense_model(model).to(bench.device)
-        return Lesson("train", None, LiveTeacher(dense, bench.task))
-    lesson = _answered(model, augmentation, bench, note)
-    if not layers:
-        return lesson
-    encoded = bench.encoded_lesson(lesson, bench.base(model).tokenizer)
+    if bench.task.kind == "encoder" and not layers:
+        return _answered(model, augmentation, bench, note)
     dense = bench.dense_model(model).to(bench.device)
-    return replace(lesson, teacher=LiveTeacher(dense, bench.task, encoded))
+    if bench.task.kind != "encoder":
+        return replace(PLAIN, teacher=LiveTeacher(dense, bench.task))
+    lesson = PLAIN if augmentation is None else _answered(model, augmentation, bench, note)
+    own = bench.encoded_lesson(lesson, bench.base(model).tokenizer)
+    return replace(lesson, teacher=LiveTeacher(dense, bench.task, own))
 
 
 def hidden_distance(

@@ -37,8 +37,13 @@ def make_plan(recipe: Recipe) -> Json:
         "configurations": rows,
         "num_feasible": len(feasible),
         "predicted_hours": sum(row["predicted_s"] for row in feasible) / 3600,
-        "disk_mb": sum(2 * row["size_mb"] for row in feasible),
+        "disk_mb": sum(2 * row["size_mb"] + _checkpoint_mb(row) for row in feasible),
     }
+
+
+def _checkpoint_mb(row: Json) -> float:
+    """The trained model, in float32, as it is kept until the study ends."""
+    return float(4 * row["num_params"] / 1e6)
 
 
 def _planned(recipe: Recipe, facts: Json) -> Iterator[tuple[str, TrialConfig]]:

@@ -15,13 +15,13 @@ from typing import Protocol
 
 from orchestrator import front as fronts
 from orchestrator import pareto
-from orchestrator.budget import Spent
+from orchestrator.budget import Past, Spent
 from orchestrator.conclusion import Conclusion
 from orchestrator.disk import Disk
 from orchestrator.dispatch import Dispatch
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher, Lost, Told, make_launcher
-from orchestrator.ledger import Event, Held, Ledger
+from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import check_writable, ledger_key, open_study, write_manifest
 from orchestrator.outcomes import Outcomes
 from orchestrator.recipe import Recipe
@@ -103,8 +103,10 @@ class Study:
         self.disk = Disk(self.folder)
         self.spent = Spent()
         self._number = 0
-        self._asked: set[str] = set()
+        self._asked: dict[str, TrialConfig] = {}
         self._pending: deque[Planned] = deque()
+        self._roles: dict[str, str] = {}
+        self._said: set[str] = set()
 
     # -- the sentence ----------------------------------------------------------------------------
 
@@ -137,14 +139,17 @@ class Study:
     # -- opening ---------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Take the study's ledger, check or write the manifest, learn the facts about data and models."""
+        """Learn the facts about data and models, take the study's ledger, write the manifest.
+
+        Nothing is written before all of the input was checked. Raises `BadInput` and `Held`.
+        """
         check_writable(self.folder)
-        begun = open_study(self.folder, self.recipe)
-        self.ledger = Ledger(self.recipe.ledger or self.folder / "ledger", ledger_key(self.folder))
         try:
-            self.ledger.take()
-        except Held:
-            self.ledger.close()
+            self.facts: Json = open_study(self.folder, self.recipe) or self._learn_facts()
+            self.recipe.check_facts(self.facts)
+            self.ledger = self._take_ledger()
+        except BaseException:
+            self.launcher.close()
             raise
         self.dispatch = Dispatch(
             self.launcher,
@@ -153,15 +158,21 @@ class Study:
             devices=max(1, self.recipe.resources.gpus_per_trial or 1),
         )
         self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
+
+    def _take_ledger(self) -> Ledger:
+        """The ledger, held by this driver, and the manifest beside it."""
+        where = self.recipe.ledger or self.folder / "ledger"
+        ledger = Ledger(where, ledger_key(self.folder))
         try:
-            self.facts: Json = begun or self._learn_facts()
-            self.recipe.check_facts(self.facts)
+            ledger.take()
+            open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
             if not (self.folder / "recipe.yaml").exists():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.source)
             write_manifest(self.folder, self.recipe, self.facts)
         except BaseException:
-            self._close()
+            ledger.close()
             raise
+        return ledger
 
     def _close(self) -> None:
         """Free what runs, say so in the ledger, and let another driver take the study."""
@@ -191,39 +202,37 @@ class Study:
 
     def _recall(self) -> None:
         """Take in every event of earlier runs, in their order."""
-        self._search = self.recipe.search.start(
-            self.recipe.space,
-            seed=self.recipe.seed,
-            goal=self.recipe.goal,
-        )
-        unfinished: dict[str, Planned] = {}
+        recipe = self.recipe
+        self._search = recipe.search.start(recipe.space, seed=recipe.seed, goal=recipe.goal)
         takes = {
             "asked": self._recall_ask,
             "finished": self._recall_result,
             "measured": self._recall_measured,
             "lost": self._recall_lost,
         }
-        runs: dict[int, tuple[float, float]] = {}
+        past = Past()
         for event in self.ledger.events():
-            first, _ = runs.get(event.lease, (event.time, event.time))
-            runs[event.lease] = (first, event.time)
+            past.add(event)
             if event.kind in takes:
                 takes[event.kind](event)
-            if event.kind == "asked":
-                config = TrialConfig(**event.payload["config"])
-                unfinished[event.key] = ("trial", config)
-        self.spent.wall_s = sum(last - first for first, last in runs.values())
+        self.spent.wall_s = past.wall_s
+        self.spent.device_s += past.unended_s * self.dispatch.devices
         self._began = self.launcher.now()
-        for key, planned in unfinished.items():
-            if self.outcomes.get(key) is None:
-                self._pending.append(planned)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """What earlier runs have asked for and not finished waits; the rest is told to who looks on."""
+        for config in self._asked.values():
+            if self.outcomes.get(config.id) is None:
+                self._pending.append(("trial", config))
         for outcome in self.outcomes:
-            if outcome.role != "baseline":
-                self.watch.trial_reused(outcome.result)
-                if self._may_pass(outcome):
-                    self._pending.append((outcome.role, outcome.result.config))
-                else:
-                    self._number += 1
+            if outcome.role == "baseline":
+                continue
+            self.watch.trial_reused(outcome.result)
+            if self._may_pass(outcome):
+                self._pending.append((outcome.role, outcome.result.config))
+            else:
+                self._number += 1
 
     def _recall_ask(self, event: Event) -> None:
         ask = Ask(TrialConfig(**event.payload["config"]), event.payload.get("drawn", {}))
@@ -422,7 +431,7 @@ class Study:
     def _count_ask(self, ask: Ask) -> None:
         """One more configuration asked for; what is known of it already is told at once."""
         self.spent.num_trials += 1
-        self._asked.add(ask.config.id)
+        self._asked[ask.config.id] = ask.config
         known = self.outcomes.get(ask.config.id)
         if known is not None:
             self._tell(known)
@@ -474,14 +483,6 @@ class Study:
         """References and what the search asks for, or the first of it."""
         asked = islice(self.recipe.asked(), MAX_SHOWN + 1)
         return {*(config for _, config in self._references()), *asked}
-
-    @cached_property
-    def _roles(self) -> dict[str, str]:
-        return {}
-
-    @cached_property
-    def _said(self) -> set[str]:
-        return set()
 
 
 def read_result(folder: Path) -> TrialResult | None:

@@ -24,7 +24,7 @@ from tiny_tokenizers import wordpiece
 
 from orchestrator import base_model_checks, hub
 from orchestrator.base_model import load_base
-from orchestrator.manifest import read_manifest
+from orchestrator.manifest import read_manifest, write_manifest
 from orchestrator.recipe import ModelOptions, make_recipe
 from orchestrator.study import Study
 from orchestrator.tasks import TASKS
@@ -121,10 +121,10 @@ def write_studies(folder: Path) -> None:
     (folder / "thesis" / "thesis.tex").write_text("years of work")
     (folder / "damaged" / "manifest.json").write_text("{")
     (folder / "older" / "manifest.json").write_text('{"schema": 0}')
-    identity = make_recipe(tiny_study.recipe(folder)).identity()
-    identity["task"]["max_length"] = 16
-    manifest = {"schema": 1, "identity": identity, "recipe": {}, "facts": {}}
-    (folder / "other" / "manifest.json").write_text(json.dumps(manifest))
+    written = tiny_study.recipe(folder)
+    written["task"]["max_length"] = 16
+    other = make_recipe(written)
+    write_manifest(folder / "other", other, {})
 
 
 def change(path: Path, **values: Any) -> None:

@@ -236,13 +236,14 @@ def test_a_method_that_acts_while_training_sees_the_smaller_vocabulary(bench: Be
     model = bench.dense_model("bert", trained_on=True)
     before = bench.encoded("train", bench.base("bert").tokenizer)
     assert max(int(row["input_ids"].max()) for row in before.features) >= 300
-    prunings, tokenizer = _prune(model, config, bench)
-    rows = bench.encoded("train", tokenizer)
+    pruned = _prune(model, config, bench)
+    rows = bench.encoded("train", pruned.tokenizer)
     options = FinetuneOptions(**config.finetune)
-    bench.train(model, rows, options, on_step=[pruning.on_step for pruning in prunings])
-    assert max(int(row["input_ids"].max()) for row in rows.features) < 300 == len(tokenizer)
-    for pruning in prunings:
-        pruning.finish()
+    bench.train(model, rows, options, on_step=[method.on_step for method in pruned.prunings])
+    largest = max(int(row["input_ids"].max()) for row in rows.features)
+    assert largest < 300 == len(pruned.tokenizer)
+    for method in pruned.prunings:
+        method.finish()
     assert model.config.vocab_size == 300
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orchestrator.measure import MeasureOptions
-from orchestrator.measure.latency import compare, decoder_round, median_interval
+from orchestrator.measure.latency import compare, compare_all, decoder_round, median_interval
 
 
 def rounds(values: list[float]):
@@ -35,6 +35,24 @@ def test_a_latency_that_does_not_settle_says_so() -> None:
     options = MeasureOptions(max_seconds=0.05)
     found = compare(rounds(wild), rounds(wild), options, main="latency_ms")
     assert "did not settle" in found.notes[0]
+
+
+def test_several_take_turns_there_and_back_each_beside_its_own_dense_model():
+    asked: list[str] = []
+
+    def one(name: str, value: float):
+        return lambda: asked.append(name) or {"latency_ms": value}
+
+    asks = {
+        "dense a": one("A", 6.0),
+        "dense b": one("B", 8.0),
+        "a": one("a", 2.0),
+        "b": one("b", 1.0),
+    }
+    dense_of = {"a": "dense a", "b": "dense b"}
+    found = compare_all(asks, dense_of, MeasureOptions(), main="latency_ms")
+    assert {key: one.metrics["speedup"] for key, one in found.items()} == {"a": 3.0, "b": 8.0}
+    assert "".join(asked).startswith("ABab" + "ABab" + "baBA" + "ABab")
 
 
 def test_the_interval_covers_the_median() -> None:

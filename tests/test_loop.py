@@ -331,7 +331,7 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path, facts
     refused: list[str] = []
 
     class Nosy(Silent):
-        def phase(self, text: str) -> None:
+        def trial_started(self, key: str, number: int, total: int | None, text: str) -> None:
             if not refused:
                 with pytest.raises(Held) as held:
                     run(tmp_path, facts)
@@ -347,3 +347,11 @@ def test_a_second_driver_is_refused_and_told_who_holds_the_study(tmp_path, facts
 def test_the_manifest_names_no_password(tmp_path):
     with pytest.raises(BadInput, match="password"):
         recipe_of(tmp_path, ledger="postgresql://me:secret@host/db")
+
+
+def test_what_a_killed_driver_had_begun_counts_as_spent(tmp_path, facts):
+    run_until_killed(tmp_path, facts, after=12)
+    front = run(tmp_path, facts)
+    results = [e.payload["result"] for e in events(tmp_path) if e.kind == "finished"]
+    done = sum(result["device_seconds"] for result in results)
+    assert front["device_seconds"] > done

@@ -13,14 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_study
 
 ray = pytest.importorskip("ray")
 
 from ray.util import placement_group_table  # noqa: E402
 
 from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs  # noqa: E402
+from orchestrator.recipe import make_recipe  # noqa: E402
 from orchestrator.resources import Resources  # noqa: E402
-from orchestrator.trial import BadInput, Reason, Work  # noqa: E402
+from orchestrator.trial import BadInput, Reason, TrialStatus, Work  # noqa: E402
 
 pytestmark = pytest.mark.cluster
 TESTS = Path(__file__).resolve().parent
@@ -75,7 +77,11 @@ def ended(launcher: ray_gangs.RayGangs, count: int = 1) -> list[Event]:
 
 
 def run(launcher: ray_gangs.RayGangs, words: str) -> Any:
-    launcher.start(do(words))
+    return result(launcher, do(words))
+
+
+def result(launcher: ray_gangs.RayGangs, work: Work) -> Any:
+    launcher.start(work)
     [event] = ended(launcher)
     assert isinstance(event, Done), event
     return event.result
@@ -199,6 +205,30 @@ def test_a_trial_that_no_node_has_room_for_is_bad_input(gangs):
         gangs(cpus_per_trial=2, max_cpus=1).free()
 
 
+def node(*, labels: dict[str, str] | None = None, **resources: float) -> dict[str, Any]:
+    return {"Resources": resources, "Labels": labels or {}}
+
+
+def test_a_trial_takes_a_gpu_and_its_share_of_cpus_where_there_are_gpus():
+    nodes = [node(CPU=64, GPU=8), node(CPU=24, GPU=4), node(CPU=16)]
+    default = ray_cluster.gang_shape(Resources(), nodes, use_gpus=True)
+    assert (default.num_cpus, default.num_gpus) == (6, 1)
+    assert ray_cluster.capacity(default, Resources(), nodes) == 8 + 4
+    two = ray_cluster.gang_shape(Resources(gpus_per_trial=2), nodes, use_gpus=True)
+    assert (two.num_cpus, two.num_gpus) == (12, 2)
+    on_cpus = ray_cluster.gang_shape(Resources(), nodes, use_gpus=False)
+    assert (on_cpus.num_cpus, on_cpus.num_gpus) == (1, 0)
+    assert ray_cluster.capacity(default, Resources(max_gpus=3), nodes) == 3
+
+
+def test_only_nodes_with_the_labels_and_custom_resources_count():
+    resources = Resources(cpus_per_trial=2, labels={"zone": "a"}, custom={"scratch": 1})
+    zone = {"zone": "a"}
+    nodes = [node(CPU=8, scratch=3, labels=zone), node(CPU=8, labels=zone), node(CPU=8, scratch=9)]
+    shape = ray_cluster.gang_shape(resources, nodes, use_gpus=True)
+    assert ray_cluster.capacity(shape, resources, nodes) == 3
+
+
 def test_a_work_without_room_says_what_it_waits_for_and_runs_when_there_is(gangs):
     first, second = gangs(cpus_per_trial=3), gangs(cpus_per_trial=2)
     first.facts()
@@ -233,8 +263,28 @@ def test_closing_leaves_no_process_and_no_placement_group(gangs, tmp_path):
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
 
 
+def test_a_study_s_own_works_run_on_a_gang(cluster, tmp_path):
+    recipe = make_recipe(tiny_study.recipe(tmp_path, search={"name": "grid"}))
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    launcher, stages = ray_gangs.RayGangs(recipe, folder), []
+    launcher.hear = lambda told: stages.append(told.stage)
+    facts = launcher.facts()
+    assert list(facts["models"]) == ["bert"]
+    config = next(recipe.asked())
+    baseline = result(launcher, Work("baseline", "baseline:bert", model="bert"))
+    trial = result(launcher, Work("trial", config.id, config=config))
+    assert (baseline.status, trial.status) == (TrialStatus.COMPLETED,) * 2
+    assert "finetune" in stages and "latency" in stages
+    artifacts = {"dense": "baseline/artifact", config.id: f"trials/{config.id}/artifact"}
+    timings = result(launcher, Work("timings", "front", artifacts=artifacts))
+    assert {"latency_ms", "speedup"} <= timings[config.id].metrics.keys()
+    assert timings["dense"].fingerprint == baseline.measurement.fingerprint
+    launcher.close()
+
+
 DRIVER = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 group, handlers = os.getpgrp(), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -243,29 +293,74 @@ from orchestrator.resources import Resources
 from orchestrator.trial import Work
 recipe = SimpleNamespace(name="toy", resources=Resources(), resolved=dict)
 launcher = RayGangs(recipe, Path(sys.argv[1]), worker="toy_worker:ToyWorker")
-launcher.start(Work("baseline", "w", model="hang"))
+launcher.start(Work("baseline", "w", model=sys.argv[2]))
 assert os.getpgrp() == group
 assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
-while True:
-    launcher.wait(1.0)
+lost = launcher.wait()
+launcher.close()
+print([(event.reason.value, event.again) for event in lost])
 """
 
 
+@pytest.fixture
+def driver(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts a driver of its own, with a Ray of its own, that gives a toy worker one work."""
+    started = []
+
+    def start(words: str, **settings: str) -> subprocess.Popen[str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | settings
+        env |= {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "HOME": str(tmp_path)}
+        command = [sys.executable, "-c", DRIVER, str(tmp_path), words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=env, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_a_driver_that_ends_takes_the_ray_it_started_along(tmp_path, sent):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "HOME": str(tmp_path)}
-    env |= {"TMPDIR": "/tmp"}
-    command = [sys.executable, "-c", DRIVER, str(tmp_path)]
-    driver = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    until(lambda: (tmp_path / "hangs").exists() or driver.poll() is not None)
-    assert driver.poll() is None, driver.stderr and driver.stderr.read()
-    pids = [driver.pid, *below(driver.pid)]
-    assert len(pids) > 3
-    driver.send_signal(sent)
-    driver.wait(60)
+def test_a_driver_that_ends_takes_the_ray_it_started_along(driver, tmp_path, sent):
+    process = driver("hang")
+    until(lambda: (tmp_path / "hangs").exists() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    pids = [process.pid, *below(process.pid)]
+    assert int((tmp_path / "child").read_text()) in pids
+    process.send_signal(sent)
+    process.wait(60)
     until(lambda: not any(map(alive, pids)))
-    assert not (tmp_path / ".ray").exists()
+    assert not (tmp_path / ".ray").exists()  # a token there would change later clusters
+
+
+def test_a_driver_joins_the_ray_at_ray_address_and_leaves_it_running(cluster, driver):
+    settings = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    address = ray.get_runtime_context().gcs_address
+    out, err = driver("die", RAY_ADDRESS=address, **settings).communicate(timeout=120)
+    assert (out, err) == ("[('error', True)]\n", "")
+    until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+def test_an_address_without_a_ray_is_bad_input():
+    command = "from orchestrator.launch.ray_cluster import Cluster; Cluster('127.0.0.1:1')"
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert "BadInput: resources.address: cannot join Ray at 127.0.0.1:1" in done.stderr
+    with pytest.raises(BadInput, match="needs host:port or auto, got `ray://here`"):
+        ray_cluster.join("ray://here")
+
+
+def test_ray_says_nothing_itself_of_a_worker_that_died(driver):
+    out, err = driver("die").communicate(timeout=120)
+    assert (out, err) == ("[('error', True)]\n", "")
+
+
+def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(driver):
+    limit = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    out, _ = driver("hang", **limit).communicate(timeout=120)
+    assert out == "[('oom', True)]\n"
 
 
 def below(pid: int) -> list[int]:

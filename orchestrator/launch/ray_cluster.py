@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # ray reads it when it is imported
+# Ray reads these when it is imported. It would send the working folder to all workers, and print
+# on standard output what it thinks of workers that died, which the study is told as `Lost`.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray
 
 from orchestrator.resources import Resources
@@ -73,7 +76,21 @@ def gang_shape(resources: Resources, nodes: Sequence[Node], *, use_gpus: bool) -
 
 
 def capacity(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> int:
-    """How many gangs a study may have on a cluster. Raises `BadInput` if that is none."""
+    """How many gangs a study may have on a cluster as it is now."""
+    return min(_caps(shape, resources, nodes).values())
+
+
+def check_room(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> None:
+    """Raises `BadInput` where no gang can ever be placed."""
+    caps = _caps(shape, resources, nodes)
+    if caps["the cluster"] == 0:
+        raise BadInput([_unmet(shape, nodes)])
+    if none := [name for name, cap in caps.items() if cap == 0]:
+        raise BadInput([f"resources: a trial takes {shape}, more than {none[0]} allows."])
+
+
+def _caps(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> dict[str, int]:
+    """How many gangs each bound allows, by its name."""
     offers = [node["Resources"] for node in nodes if _has(node, shape.labels)]
     caps = {
         "the cluster": sum(shape.count_in(offer) for offer in offers),
@@ -81,12 +98,7 @@ def capacity(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> int:
         "resources.max_cpus": _parts(resources.max_cpus, shape.num_cpus),
         "resources.max_gpus": _parts(resources.max_gpus, shape.num_gpus),
     }
-    given = {name: cap for name, cap in caps.items() if cap is not None}
-    if given["the cluster"] == 0:
-        raise BadInput([_unmet(shape, nodes)])
-    if none := [name for name, cap in given.items() if cap == 0]:
-        raise BadInput([f"resources: a trial takes {shape}, more than {none[0]} allows."])
-    return min(given.values())
+    return {name: cap for name, cap in caps.items() if cap is not None}
 
 
 def _parts(limit: int | None, each: int) -> int | None:
@@ -119,7 +131,7 @@ class Cluster:
         address = address or os.environ.get("RAY_ADDRESS")
         with _process_as_it_is():
             if address:
-                _join(address)
+                join(address)
             else:
                 self._start()
 
@@ -150,6 +162,7 @@ class Cluster:
         """
         if "RAY_AUTH_TOKEN_PATH" not in os.environ:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.is_own = True
         self._temporary = Path(tempfile.mkdtemp(prefix="slimtune-", dir=_short_folder()))
         ray.init(
@@ -176,7 +189,7 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _join(address: str) -> None:
+def join(address: str) -> None:
     """Connect to a Ray that runs. Raises `BadInput` where that fails."""
     if "://" in address:
         raise BadInput([f"resources.address: needs host:port or auto, got `{address}`."])

@@ -11,7 +11,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,13 +19,21 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.launch.ray_cluster import Cluster, Shape, capacity, gang_shape, said  # isort: skip
+from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray reads when it is imported)
+    Cluster,
+    Shape,
+    capacity,
+    check_room,
+    gang_shape,
+    said,
+)
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.artifact import DamagedArtifact
 from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.trial import BadInput, Reason, Work
 
@@ -67,42 +75,44 @@ class RayWorker:
 
     def __init__(self, worker: str, arguments: dict[str, Any]) -> None:
         self._worker, self._arguments = worker, arguments
-        self._news, self._said = News(), threading.Condition()
+        self._news, self._changed = News(), threading.Condition()
 
     @cached_property
     def worker(self) -> Any:
         module, _, name = self._worker.partition(":")
         return getattr(import_module(module), name)(**self._arguments)
 
-    @ray.method(concurrency_group="work")
     def facts(self) -> Answer:
         try:
             return Answer(self.worker.facts())
         except BadInput as error:
             return Answer(problems=tuple(error.problems))
 
-    @ray.method(concurrency_group="work")
     def do(self, work: Work) -> Answer:
         self._say(work, "")
-        value, problems = None, ()
+        value: Any = None
+        problems: tuple[str, ...] = ()
         try:
             value = self.worker.do(work, lambda stage: self._say(work, stage))
         except Exception as error:
-            problems = (str(error) or type(error).__name__,)
+            problems = (_explained(error),)
         self.worker.reset()
         return Answer(value, problems, self.worker.rss_mb())
 
     def _say(self, work: Work, stage: str) -> None:
-        with self._said:
+        with self._changed:
             self._news = News(self._news.number + 1, work, stage)
-            self._said.notify_all()
+            self._changed.notify_all()
 
-    @ray.method(concurrency_group="news")
     def news(self, after: int) -> News:
         """What is new since number `after`; waits a while for it."""
-        with self._said:
-            self._said.wait_for(lambda: self._news.number > after, timeout=LOOK_S)
+        with self._changed:
+            self._changed.wait_for(lambda: self._news.number > after, timeout=LOOK_S)
             return self._news
+
+
+def _explained(error: Exception) -> str:
+    return str(error) if isinstance(error, DamagedArtifact) else f"{type(error).__name__}: {error}"
 
 
 REMOTE_WORKER = ray.remote(
@@ -134,7 +144,7 @@ class Gang:
         )
         self.placing: ray.ObjectRef | None = self.place.ready()
         self.actors = [self._actor(shape, worker, arguments)]
-        self.news = self.actors[0].news.remote(0)
+        self.news = self.ask("news", 0)
 
     def _actor(self, shape: Shape, worker: str, arguments: dict[str, Any]) -> Any:
         custom = {n: much for n, much in shape.amounts.items() if n not in ("CPU", "GPU")}
@@ -147,10 +157,16 @@ class Gang:
         )
         return options.remote(worker, arguments)
 
+    def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
+        """Call a method of the first worker; it tells its news while it works."""
+        group = "news" if method == "news" else "work"
+        call = getattr(self.actors[0], method).options(concurrency_group=group)
+        return call.remote(*arguments)
+
     def start(self, work: Work) -> None:
         self.work, self.begun = work, False
         self.since = time.monotonic()
-        self.answer = self.actors[0].do.remote(work)
+        self.answer = self.ask("do", work)
 
     def finish(self) -> None:
         self.work = self.answer = None
@@ -209,14 +225,18 @@ class RayGangs:
         """What each gang takes. Raises `BadInput` where the cluster has no such room."""
         nodes = self.cluster.nodes()
         shape = gang_shape(self.resources, nodes, use_gpus=self._use_gpus)
-        capacity(shape, self.resources, nodes)
+        check_room(shape, self.resources, nodes)
         return shape
 
     # -- what the study asks ---------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         gang = self._idle() or self._new_gang()
-        answer: Answer = ray.get(gang.actors[0].facts.remote())
+        try:
+            answer: Answer = ray.get(gang.ask("facts"))
+        except RayActorError as error:
+            self._end(gang)
+            raise BadInput([f"data and models could not be read: {_words(error)}."]) from error
         gang.finish()
         if answer.problems:
             raise BadInput(list(answer.problems))
@@ -237,7 +257,7 @@ class RayGangs:
     def wait(self, timeout: float | None = None) -> list[Event]:
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._working():
-            events = [*self._overdue(), *self._hear(min(POLL_S, until - time.monotonic()))]
+            events = self._overdue() or self._hear(min(POLL_S, until - time.monotonic()))
             if events or time.monotonic() >= until:
                 return events
         return []
@@ -296,17 +316,19 @@ class RayGangs:
 
     # -- what they say ---------------------------------------------------------------------------
 
-    def _overdue(self) -> Iterator[Event]:
+    def _overdue(self) -> list[Event]:
         limit = self.resources.time_limit_s or math.inf
+        message = f"it was ended after {limit:g} s, see resources.time_limit_s"
+        lost: list[Event] = []
         for gang in [gang for gang in self._working() if gang.seconds > limit]:
             assert gang.work
             self._end(gang)
-            message = f"ended after {limit:g} s, its resources.time_limit_s"
-            yield Lost(gang.work, Reason.TIMEOUT, message, again=False)
+            lost.append(Lost(gang.work, Reason.TIMEOUT, message, again=False))
+        return lost
 
     def _hear(self, timeout: float) -> list[Event]:
         """The next thing that any gang has to say, if there is one in time."""
-        refs = {}
+        refs: dict[ray.ObjectRef, tuple[Gang, Callable[[Gang], list[Event]]]] = {}
         for gang in self._working():
             refs |= {gang.news: (gang, self._hear_news), gang.answer: (gang, self._hear_answer)}
             if gang.placing:
@@ -327,11 +349,11 @@ class RayGangs:
             news: News = ray.get(gang.news)
         except RayError as error:
             return self._lose(gang, error)
-        gang.news = gang.actors[0].news.remote(news.number)
-        if gang.work == news.work and news.number > gang.heard:
+        gang.news = gang.ask("news", news.number)
+        if gang.work and gang.work == news.work and news.number > gang.heard:
             gang.begun, gang.heard = True, news.number
             if news.stage:
-                self.hear(Told(news.work, news.stage))
+                self.hear(Told(gang.work, news.stage))
         return []
 
     def _hear_answer(self, gang: Gang) -> list[Event]:
@@ -371,7 +393,11 @@ def _never_started(error: RayError) -> bool:
 
 
 def _words(error: RayError) -> str:
-    """The line of Ray's message that says why."""
+    """The sentence of Ray's message that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = next((line for line in lines if "exit" in line or "Error:" in line), lines[-1])
-    return f"its worker was lost: {why[:300]}"
+    if isinstance(error, RayTaskError) or _never_started(error):
+        return f"its worker cannot work: {lines[-1]}"
+    if isinstance(error, OutOfMemoryError):
+        return f"its worker was ended: {lines[0]}"
+    _, _, why = " ".join(lines).partition("Worker exit detail: ")
+    return f"its worker died: {(why or lines[-1]).split('. ')[0]}"
