@@ -342,14 +342,19 @@ def test_a_driver_joins_the_ray_at_ray_address_and_leaves_it_running(cluster, dr
     until(lambda: ray.available_resources().get("CPU") == 4)
 
 
-def test_an_address_without_a_ray_is_bad_input():
-    command = "from orchestrator.launch.ray_cluster import Cluster; Cluster('127.0.0.1:1')"
-    done = subprocess.run(
-        [sys.executable, "-c", command], cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert "BadInput: resources.address: cannot join Ray at 127.0.0.1:1" in done.stderr
-    with pytest.raises(BadInput, match="needs host:port or auto, got `ray://here`"):
-        ray_cluster.join("ray://here")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://here:10001", "here"])
+def test_an_address_without_a_ray_is_bad_input(address):
+    with pytest.raises(BadInput, match=f"resources.address: .*{address}"):
+        ray_cluster.join(address)
+
+
+def test_folders_of_killed_drivers_are_removed_and_those_of_others_are_kept(tmp_path):
+    mine = ray_cluster.session_folder(tmp_path)
+    (tmp_path / "slimtune-ray-dead").mkdir()
+    (tmp_path / "slimtune-ray-dead" / "driver").touch()
+    (tmp_path / "slimtune-ray-new").mkdir()  # of a driver that has not got as far as to lock it
+    other = ray_cluster.session_folder(tmp_path)
+    assert set(tmp_path.iterdir()) == {mine, other, tmp_path / "slimtune-ray-new"}
 
 
 def test_ray_says_nothing_itself_of_a_worker_that_died(driver):

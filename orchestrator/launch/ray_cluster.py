@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from orchestrator.trial import BadInput
 Amounts = Mapping[str, float]
 Node = Mapping[str, Any]  # an entry of `ray.nodes()`
 LOOK_S = 5.0  # a cluster may grow and shrink
+JOIN_S = 10.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 100 * 2**20  # through which nothing but reports and measurements go
 
 
@@ -164,7 +168,7 @@ class Cluster:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.is_own = True
-        self._temporary = Path(tempfile.mkdtemp(prefix="slimtune-", dir=_short_folder()))
+        self._temporary = session_folder(_short_folder())
         ray.init(
             address="local",
             num_cpus=num_cores(),
@@ -175,11 +179,8 @@ class Cluster:
                 "prestart_worker_first_driver": False,
                 "process_group_cleanup_enabled": True,  # what a worker started dies with it
             },
-            **_QUIET,
+            **QUIET,
         )
-
-
-_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 def num_cores() -> int:
@@ -191,24 +192,41 @@ def num_cores() -> int:
 
 def join(address: str) -> None:
     """Connect to a Ray that runs. Raises `BadInput` where that fails."""
-    if "://" in address:
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and port.isdigit() and "://" not in address):
         raise BadInput([f"resources.address: needs host:port or auto, got `{address}`."])
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
-        ray.init(address=address, **_QUIET)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        if address != "auto":
+            socket.create_connection((host, int(port)), JOIN_S).close()  # ray waits for minutes
+        ray.init(address=address, **QUIET)
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
         raise BadInput(
             [
-                f"resources.address: cannot join Ray at {address}: {str(error).splitlines()[0]} "
-                "If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
+                f"resources.address: cannot join Ray at {address}: {why}. Where it asks for a token, "
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH."
             ]
         ) from error
 
 
-def _short_folder() -> str:
+def _short_folder() -> Path:
     """Where sockets may lie, whose paths have at most 107 bytes."""
     folder = tempfile.gettempdir()
-    return folder if len(folder) <= 24 else "/tmp"
+    return Path(folder if len(folder) <= 20 else "/tmp")
+
+
+def session_folder(parent: Path) -> Path:
+    """A new folder for Ray's logs and sockets. Those of drivers that were killed are removed."""
+    for old in parent.glob("slimtune-ray-*"):
+        with suppress(OSError), (old / "driver").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="slimtune-ray-", dir=parent))
+    lock = os.open(folder / "new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)  # until this process ends
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / "new").rename(folder / "driver")
+    return folder
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""Whatever is killed, and whenever, the same command goes on and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tiny_study
+import yaml
+
+from orchestrator.ledger import Event, Ledger
+from orchestrator.manifest import ledger_key
+from orchestrator.trial import content_hash
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NUM_KILLS = 5
+SPACE = {
+    "prune": {"choice": ["none", {"method": "structured", "heads": 0.5, "neurons": 0.5}]},
+    "quantize": {"choice": ["none", {"scheme": "W8A8", "qat": True}]},
+    "finetune": {"learning_rate": {"choice": [1e-3, 2e-3]}, "max_steps": 5},
+}
+ENGINES = {
+    "inline": {"engine": "inline"},
+    "ray": {"engine": "ray", "max_gangs": 2, "cpus_per_trial": 1},
+}
+
+
+def write(folder: Path, engine: str) -> Path:
+    """The tiny study's recipe in a folder of its own."""
+    folder.mkdir()
+    return tiny_study.write_recipe(folder, space=SPACE, resources=ENGINES[engine])
+
+
+def start(recipe: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.cli", "run", str(recipe)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=(recipe.parent / "stderr.txt").open("ab"),
+        start_new_session=True,
+    )
+
+
+def finish(recipe: Path) -> dict[str, Any]:
+    """The study's front, once it has run undisturbed."""
+    assert start(recipe).wait(timeout=400) == 0, (recipe.parent / "stderr.txt").read_text()
+    return json.loads((recipe.parent / "study" / "front.json").read_text())
+
+
+def events(recipe: Path) -> list[Event]:
+    study = recipe.parent / "study"
+    if not (study / "manifest.json").exists():
+        return []
+    with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
+        return list(ledger.events())
+
+
+def measurements(recipe: Path) -> dict[str, str]:
+    """The hash of each finished trial's measurement; each may have finished once."""
+    finished = [event for event in events(recipe) if event.kind == "finished"]
+    assert set(Counter(event.key for event in finished).values()) <= {1}
+    return {e.key: content_hash(e.payload["result"]["measurement"]) for e in finished}
+
+
+def kill_driver(driver: subprocess.Popen[bytes]) -> None:
+    """As the out-of-memory killer would: no process of the driver gets to say anything."""
+    family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
+    for process in reversed(family):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    driver.wait()
+
+
+def kill_worker(driver: subprocess.Popen[bytes]) -> None:
+    """One worker of a gang, if there is one by now."""
+    family = psutil.Process(driver.pid).children(recursive=True)
+    workers = [p for p in family if "RayWorker" in "".join(p.cmdline())]
+    if workers:
+        os.kill(random.choice(workers).pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], float]:
+    """What a whole run finishes, and how long it takes."""
+    recipe = write(tmp_path_factory.mktemp("whole") / "study", "inline")
+    began = time.monotonic()
+    finish(recipe)
+    return set(measurements(recipe)), time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [pytest.param("ray", marks=pytest.mark.cluster), "inline"])
+def test_a_driver_killed_at_any_moment(engine, undisturbed, tmp_path):
+    trials, seconds = undisturbed
+    recipe = write(tmp_path / "killed", engine)
+    rng = random.Random(1)
+    known: dict[str, str] = {}
+    for _ in range(NUM_KILLS):
+        driver = start(recipe)
+        deadline = time.monotonic() + rng.uniform(0.2, 0.8) * seconds
+        while time.monotonic() < deadline and driver.poll() is None:
+            time.sleep(0.05)
+        kill_driver(driver)
+        found = measurements(recipe)
+        assert known.items() <= found.items()
+        known = found
+    front = finish(recipe)
+    final = measurements(recipe)
+    assert set(final) == trials and known.items() <= final.items()
+    assert front["trials"]["failed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_worker_killed_at_any_moment(undisturbed, tmp_path):
+    trials, seconds = undisturbed
+    recipe = write(tmp_path / "killed", "ray")
+    rng = random.Random(2)
+    driver = start(recipe)
+    for _ in range(NUM_KILLS):
+        time.sleep(rng.uniform(0.05, 0.25) * seconds)
+        if driver.poll() is None:
+            kill_worker(driver)
+    assert driver.wait(timeout=400) == 0, (recipe.parent / "stderr.txt").read_text()
+    lost = [event for event in events(recipe) if event.kind == "lost"]
+    assert set(measurements(recipe)) == trials
+    assert all(event.payload["reason"] == "error" for event in lost)
+    front = json.loads((recipe.parent / "study" / "front.json").read_text())
+    assert front["trials"]["failed"] == 0
+
+
+@pytest.mark.slow
+def test_a_front_half_written_is_written_again(tmp_path):
+    recipe = write(tmp_path / "torn", "inline")
+    written = yaml.safe_load(recipe.read_text())
+    written["space"] = {"quantize": "W8A8", "finetune": {"max_steps": 2}}
+    written["references"] = {"dense_int8": False, "first_layers": [], "random_twin": False}
+    recipe.write_text(yaml.safe_dump(written))
+    whole = finish(recipe)
+    study = recipe.parent / "study"
+    (study / "front.json").write_text((study / "front.json").read_text()[:100])
+    again = finish(recipe)
+    assert [p["metrics"] for p in again["points"]] == [p["metrics"] for p in whole["points"]]
