@@ -91,6 +91,7 @@ def run(arguments: argparse.Namespace, seed: int, overrides: list[str]) -> dict[
         f"output_dir={study_folder(arguments, seed)}",
         "references.first_layers=[]",
         "references.random_twin=false",
+        "resources.engine=inline",
     ]
     quick = QUICK if arguments.quick else []
     return Study(load_recipe(RECIPE, [*own, *quick, *overrides])).run()

@@ -56,6 +56,7 @@ def gangs(cluster: ray_cluster.Cluster, tmp_path: Path) -> Iterator[Callable[...
                 worker="toy_worker:ToyWorker",
             )
         )
+        assert made[-1].cluster  # joined at once, and not when there is a work
         return made[-1]
 
     yield make
@@ -321,6 +322,7 @@ def driver(tmp_path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_driver_that_ends_takes_the_ray_it_started_along(driver, tmp_path, sent):
     process = driver("hang")
@@ -334,6 +336,7 @@ def test_a_driver_that_ends_takes_the_ray_it_started_along(driver, tmp_path, sen
     assert not (tmp_path / ".ray").exists()  # a token there would change later clusters
 
 
+@pytest.mark.slow
 def test_a_driver_joins_the_ray_at_ray_address_and_leaves_it_running(cluster, driver):
     settings = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     address = ray.get_runtime_context().gcs_address
@@ -357,11 +360,13 @@ def test_folders_of_killed_drivers_are_removed_and_those_of_others_are_kept(tmp_
     assert set(tmp_path.iterdir()) == {mine, other, tmp_path / "slimtune-ray-new"}
 
 
+@pytest.mark.slow
 def test_ray_says_nothing_itself_of_a_worker_that_died(driver):
     out, err = driver("die").communicate(timeout=120)
     assert (out, err) == ("[('error', True)]\n", "")
 
 
+@pytest.mark.slow
 def test_a_worker_that_ray_ends_for_want_of_memory_is_out_of_memory(driver):
     limit = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
     out, _ = driver("hang", **limit).communicate(timeout=120)

@@ -244,6 +244,8 @@ class RayGangs:
 
     def free(self) -> int:
         """At least one when nothing runs: then a work may wait for its gang."""
+        if "cluster" not in self.__dict__:
+            return 1  # nothing is joined or started before there is a work
         self._hand_back()
         idle = sum(gang.work is None for gang in self.gangs)
         most = capacity(self.shape, self.resources, self.cluster.nodes()) - len(self.gangs)
