@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,6 @@ class Stages:
         folder = self.folder / f"{stage}-{key}"
         if self._intact(folder):
             return folder
-        shutil.rmtree(folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{stage}-"))
         try:
@@ -78,11 +78,20 @@ class Stages:
         return folder
 
     def _place(self, made: Path, folder: Path) -> None:
+        """Let a result appear; an intact one that another worker has placed meanwhile stays."""
         try:
             made.rename(folder)
         except OSError:
-            if not self._intact(folder):  # else another worker was faster, and made the same
-                raise
+            if self._intact(folder):
+                return
+            self._put_aside(folder)
+            made.rename(folder)
+
+    def _put_aside(self, damaged: Path) -> None:
+        aside = Path(tempfile.mkdtemp(dir=self.folder, prefix=".damaged-"))
+        with suppress(FileNotFoundError):  # another worker was faster
+            damaged.rename(aside / "result")
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _seal(self, folder: Path, stage: str, inputs: dict[str, Any]) -> None:
         seal = {"stage": stage, "inputs": inputs, "sha256": folder_sha256(folder)}

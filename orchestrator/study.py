@@ -6,6 +6,7 @@ The ledger is the truth: what it holds is taken in as if it happened now, and th
 from __future__ import annotations
 
 import json
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -166,6 +167,8 @@ class Study:
         try:
             ledger.take()
             open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
+            for left in (self.folder / "stages").glob(".*"):  # by workers that were killed
+                shutil.rmtree(left, ignore_errors=True)
             if not (self.folder / "recipe.yaml").exists():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.source)
             write_manifest(self.folder, self.recipe, self.facts)
