@@ -30,6 +30,7 @@ from orchestrator.study import Study
 RECIPE = Path(__file__).parents[1] / "recipes" / "sst2-minilm.yaml"
 QUICK = [
     "baseline.finetune.max_steps=4",
+    "references.dense_int8=false",
     "baseline.finetune.learning_rate=1e-4",
     "space.finetune.max_steps=4",
     "space.finetune.augmentation=null",

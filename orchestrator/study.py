@@ -228,8 +228,10 @@ class Study:
         for config in self._asked.values():
             if self.outcomes.get(config.id) is None:
                 self._pending.append(("trial", config))
-        for outcome in self.outcomes:
+        for outcome in self.outcomes:  # a baseline comes before what is compared with it
             if outcome.role == "baseline":
+                if outcome.completed:
+                    self.watch.trial_reused(outcome.result)
                 continue
             self.watch.trial_reused(outcome.result)
             if self._may_pass(outcome):
@@ -279,9 +281,7 @@ class Study:
         left: deque[Work] = deque()
         for options in self.recipe.models:
             outcome = self.outcomes.baselines.get(options.id)
-            if outcome is not None and outcome.completed:
-                self.watch.trial_reused(outcome.result)
-            else:
+            if outcome is None or not outcome.completed:
                 left.append(self._work("baseline", f"baseline:{options.id}", model=options.id))
 
         def next_work() -> Work | None:

@@ -355,3 +355,16 @@ def test_what_a_killed_driver_had_begun_counts_as_spent(tmp_path, facts):
     results = [e.payload["result"] for e in events(tmp_path) if e.kind == "finished"]
     done = sum(result["device_seconds"] for result in results)
     assert front["device_seconds"] > done
+
+
+def test_who_looks_on_is_told_of_the_baseline_before_what_is_compared_with_it(tmp_path, facts):
+    run(tmp_path, facts, budget={"num_trials": 3})
+    told: list[str] = []
+
+    class Listener(Silent):
+        def trial_reused(self, result: TrialResult) -> None:
+            told.append(result.trial_id)
+
+    study = Study(recipe_of(tmp_path), launcher=Virtual(surrogate, facts=facts), watch=Listener())
+    front = study.run()
+    assert told[0] == front["baseline"]["trial_id"] and len(told) == 4
