@@ -264,6 +264,7 @@ def test_closing_leaves_no_process_and_no_placement_group(gangs, tmp_path):
     assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
 
 
+@pytest.mark.slow
 def test_a_study_s_own_works_run_on_a_gang(cluster, tmp_path):
     recipe = make_recipe(tiny_study.recipe(tmp_path, search={"name": "grid"}))
     folder = Path(recipe.output_dir)
