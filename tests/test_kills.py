@@ -75,6 +75,8 @@ def measurements(recipe: Path) -> dict[str, str]:
 
 def kill_driver(driver: subprocess.Popen[bytes]) -> None:
     """As the out-of-memory killer would: no process of the driver gets to say anything."""
+    if driver.poll() is not None:
+        return  # it has finished before
     family = [*psutil.Process(driver.pid).children(recursive=True), psutil.Process(driver.pid)]
     for process in reversed(family):
         try:
