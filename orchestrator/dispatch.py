@@ -18,11 +18,10 @@ WAIT_S = 5.0  # between looks at a budget, at most
 
 @dataclass
 class Running:
-    """A work on a gang, since when, and the stage that it has come to."""
+    """A work on a gang, and since when."""
 
     work: Work
     since: float
-    stage: str = ""
 
 
 class Dispatch:

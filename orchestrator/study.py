@@ -55,25 +55,30 @@ class Watch(Protocol):
     know, `trial_reused` is for what an earlier run has done. Trial 0 is the dense baseline.
     """
 
-    def phase(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None: ...
-    def stage(self, key: str, text: str) -> None: ...
-    def trial_lost(self, key: str, text: str) -> None: ...
-    def trial_finished(self, key: str, result: TrialResult) -> None: ...
-    def trial_reused(self, result: TrialResult) -> None: ...
+    def phase(self, text: str) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        return
+
+    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None:
+        return
+
+    def stage(self, key: str, text: str) -> None:
+        return
+
+    def trial_lost(self, key: str, text: str) -> None:
+        return
+
+    def trial_finished(self, key: str, result: TrialResult) -> None:
+        return
+
+    def trial_reused(self, result: TrialResult) -> None:
+        return
 
 
-class Silent:
+class Silent(Watch):
     """Nobody looks on."""
-
-    def phase(self, text: str) -> None: ...
-    def note(self, text: str) -> None: ...
-    def trial_started(self, key: str, number: int, total: int | None, text: str) -> None: ...
-    def stage(self, key: str, text: str) -> None: ...
-    def trial_lost(self, key: str, text: str) -> None: ...
-    def trial_finished(self, key: str, result: TrialResult) -> None: ...
-    def trial_reused(self, result: TrialResult) -> None: ...
 
 
 class NoBaseline(Exception):
