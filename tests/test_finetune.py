@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from tiny_seq2seq import Reversal
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -29,9 +29,8 @@ from orchestrator.finetune import (
 )
 from orchestrator.predict import predict, to_device
 from orchestrator.prune.tree import layers_of
-from orchestrator.tasks import Encoded, Record
+from orchestrator.tasks import Encoded
 from orchestrator.tasks.causal_lm import CausalLm
-from orchestrator.tasks.data import collate
 from orchestrator.tasks.text_classification import TextClassification
 from orchestrator.trial import BadInput, Diverged
 
@@ -385,39 +384,6 @@ def test_records_come_in_the_order_of_the_rows(reviews, text):
 # -- encoder-decoders ----------------------------------------------------------------------------
 
 
-class Reversal:
-    """A sequence-to-sequence task: the part of the protocol that training and scoring use."""
-
-    kind: ClassVar[str] = "encoder_decoder"
-    quality: ClassVar[str] = "token_accuracy"
-    comparable_vocabulary: ClassVar[bool] = False
-    name: ClassVar[str] = "reversal"
-
-    def collate(
-        self, encoded: Encoded, indices: Sequence[int], *, length: int | None = None
-    ) -> dict[str, np.ndarray]:
-        batch = collate(encoded, indices, length=length)
-        shifted = np.roll(np.maximum(batch["labels"], 0), 1, axis=1)
-        shifted[:, 0] = 0
-        return {**batch, "decoder_input_ids": shifted}
-
-    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-
-    def loss(self, logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-
-    def records(
-        self, logits: np.ndarray, batch: dict[str, np.ndarray], ids: Sequence[str]
-    ) -> list[Record]:
-        asked = batch["labels"] != -100
-        right = (logits.argmax(-1) == batch["labels"]) & asked
-        return [
-            {"id": id, "right": int(hits), "num_tokens": int(count)}
-            for id, hits, count in zip(ids, right.sum(-1), asked.sum(-1), strict=True)
-        ]
-
-
 def test_an_encoder_decoder_trains_by_the_same_loop():
     rng = np.random.default_rng(0)
     rows = [rng.integers(2, 32, size=rng.integers(3, 9)) for _ in range(8)]
@@ -435,7 +401,8 @@ def test_an_encoder_decoder_trains_by_the_same_loop():
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
     before = weights(model)
-    report = finetune(model, Reversal(), encoded, PLAIN, seed=0, device="cpu", max_steps=2)
+    task = Reversal(sentences=("unused",))
+    report = finetune(model, task, encoded, PLAIN, seed=0, device="cpu", max_steps=2)
     assert report.steps == 2 and not torch.equal(weights(model), before)
-    records = predict(model, Reversal(), encoded, batch_size=3, device="cpu")
+    records = predict(model, task, encoded, batch_size=3, device="cpu")
     assert [record["num_tokens"] for record in records] == [len(row) - 1 for row in rows]

@@ -132,6 +132,15 @@ def test_problems_of_the_input_come_back_as_they_are(gangs):
     assert caught.value.problems == problems
 
 
+def test_a_worker_that_dies_reading_the_input_is_replaced(gangs, tmp_path):
+    (tmp_path / "deadly 1").touch()
+    assert gangs(max_attempts=2).facts()["threads"] == 1
+    for number in (1, 2):
+        (tmp_path / f"deadly {number}").touch()
+    with pytest.raises(BadInput, match="could not be read: its worker died"):
+        gangs(max_attempts=2).facts()
+
+
 def test_stages_are_told_with_their_work(gangs):
     launcher, told = gangs(), []
     launcher.hear = told.append

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from orchestrator.tasks import Encoded, Estimate, Record, Rows, Split
 from orchestrator.tasks.data import collate
-from orchestrator.tasks.statistics import wilson
+from orchestrator.tasks.statistics import matched, percentile_interval, resample, wilson
 from orchestrator.trial import Frozen
 
 
@@ -89,4 +89,16 @@ class Reversal(Frozen):
         return {"token_accuracy": wilson(*totals)}
 
     def paired_difference(self, records: Sequence[Record], other: Sequence[Record]) -> Estimate:
-        raise NotImplementedError
+        rows, others = (_totals(found) for found in (records, matched(records, other)))
+        counts = resample(np.ones(len(rows), dtype=int))
+        value = _share(rows.sum(0)) - _share(others.sum(0))
+        return percentile_interval(value, _share(counts @ rows) - _share(counts @ others))
+
+
+def _totals(records: Sequence[Record]) -> np.ndarray:
+    """Right tokens and all tokens of each row: [rows, 2]."""
+    return np.array([(record["right"], record["num_tokens"]) for record in records], dtype=float)
+
+
+def _share(totals: np.ndarray) -> np.ndarray:
+    return totals[..., 0] / totals[..., 1]

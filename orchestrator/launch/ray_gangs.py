@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,12 +232,17 @@ class RayGangs:
     # -- what the study asks ---------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        gang = self._idle() or self._new_gang()
-        try:
-            answer: Answer = ray.get(gang.ask("facts"))
-        except RayActorError as error:
-            self._end(gang)
-            raise BadInput([f"data and models could not be read: {_words(error)}."]) from error
+        for attempt in count(1):
+            gang = self._idle() or self._new_gang()
+            try:
+                answer: Answer = ray.get(gang.ask("facts"))
+            except RayActorError as error:
+                self._end(gang)
+                if _never_started(error) or attempt == self.resources.max_attempts:
+                    why = f"data and models could not be read: {_words(error)}."
+                    raise BadInput([why]) from error
+            else:
+                break
         gang.finish()
         if answer.problems:
             raise BadInput(list(answer.problems))
