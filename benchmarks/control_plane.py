@@ -1,12 +1,14 @@
 """What the control plane costs: simulated trials on simulated gangs, and no-op trials on real ones.
 
-    python benchmarks/control_plane.py [--quick] [--json FILE] [--searcher random] [--trials N]
+    python benchmarks/control_plane.py [--quick] [--json FILE] [--searcher random]
+                                       [--trials 10000] [--gangs 64] [--real-trials 500]
 
 The simulated part runs the real study loop, searcher and ledger on a virtual clock, with made-up
 outcomes: wall seconds, memory of the driver, milliseconds of bookkeeping a trial early and late
 (the searcher's own beside it), size of the ledger, and the time to take it all in again. The real
-part sends no-op works through warm Ray gangs, beside as many plain Ray Tune function trials.
-Goals: bookkeeping under 5 ms a trial, and flat.
+part is a whole study of no-op trials on warm Ray gangs, one a core, beside as many trials of a plain
+Ray Tune function, with a new actor a trial (its default) and with actors that are kept. Goals:
+bookkeeping under 5 ms a trial, and flat.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import resource
 import tempfile
 import time
@@ -23,6 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.facts import facts_of
+from orchestrator.launch.ray_cluster import num_cores
+from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.launch.virtual import Virtual
 from orchestrator.recipe import Recipe, make_recipe
 from orchestrator.search import Search
@@ -49,7 +55,8 @@ SPACE: dict[str, Any] = {
 }
 
 
-def recipe_for(folder: Path, searcher: str, num_trials: int) -> Recipe:
+def recipe_for(folder: Path, searcher: str, num_trials: int, **resources: Any) -> Recipe:
+    folder.mkdir()
     data = folder / "data.csv"
     data.write_text("text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(40)))
     return make_recipe(
@@ -66,6 +73,7 @@ def recipe_for(folder: Path, searcher: str, num_trials: int) -> Recipe:
             "space": SPACE,
             "search": {"name": searcher, "num_trials": num_trials},
             "references": {"dense_int8": False, "first_layers": [], "random_twin": False},
+            "resources": resources,
         }
     )
 
@@ -122,8 +130,6 @@ class Timed(Virtual):
 
 def simulate(folder: Path, searcher: str, num_trials: int, num_gangs: int) -> dict[str, Any]:
     """One simulated study, and the same command again on what it left."""
-    from orchestrator.facts import facts_of
-
     recipe = recipe_for(folder, searcher, num_trials)
     facts = facts_of(recipe)
     launcher = Timed(facts=facts, num_gangs=num_gangs)
@@ -170,6 +176,80 @@ def watch_search(study: Study) -> list[Stopwatch]:
     return watches
 
 
+# -- real gangs ----------------------------------------------------------------------------------
+
+
+class NoOp:
+    """A worker that makes its outcomes up at once."""
+
+    def __init__(self, *, recipe: dict[str, Any], **others: Any) -> None:
+        self.recipe = recipe
+
+    def facts(self) -> dict[str, Any]:
+        return facts_of(Recipe.from_resolved(self.recipe))
+
+    def do(self, work: Work, note: Callable[[str], None]) -> Result:
+        return surrogate(work)[1]
+
+    def reset(self) -> None: ...
+
+    def rss_mb(self) -> float:
+        return 0.0
+
+
+def on_gangs(folder: Path, num_trials: int) -> dict[str, Any]:
+    """A study of no-op trials; starting Ray and the gangs is timed apart."""
+    recipe = recipe_for(
+        folder, "random", num_trials, max_gangs=num_cores(), recycle_after=num_trials + 10
+    )
+    launcher = RayGangs(recipe, folder / "study", worker="benchmarks.control_plane:NoOp")
+    try:
+        began = time.perf_counter()
+        launcher.facts()
+        start = time.perf_counter() - began
+        began = time.perf_counter()
+        Study(recipe, launcher=launcher).run()
+        return row("slimtune, warm gangs", num_trials, time.perf_counter() - began, start)
+    finally:
+        launcher.close()
+
+
+def on_tune(num_trials: int, *, reuse_actors: bool) -> dict[str, Any]:
+    """As many trials of a function that reports one number."""
+    import ray
+    from ray import tune
+
+    began = time.perf_counter()
+    ray.init(num_cpus=num_cores(), include_dashboard=False, log_to_driver=False)
+    start = time.perf_counter() - began
+
+    def train(config: dict[str, Any]) -> None:
+        tune.report({"loss": config["x"]})
+
+    tuner = tune.Tuner(
+        tune.with_resources(train, {"cpu": 1}),
+        param_space={"x": tune.uniform(0, 1)},
+        tune_config=tune.TuneConfig(num_samples=num_trials, reuse_actors=reuse_actors),
+        run_config=tune.RunConfig(verbose=0),
+    )
+    began = time.perf_counter()
+    assert not tuner.fit().errors
+    seconds = time.perf_counter() - began
+    ray.shutdown()
+    kind = "kept actors" if reuse_actors else "new actors"
+    return row(f"Ray Tune, {kind}", num_trials, seconds, start)
+
+
+def row(engine: str, num_trials: int, seconds: float, start: float) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "num_trials": num_trials,
+        "start_seconds": start,
+        "wall_seconds": seconds,
+        "trials_a_second": num_trials / seconds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute, fewer trials")
@@ -177,16 +257,28 @@ def main() -> None:
     parser.add_argument("--searcher", default="random")
     parser.add_argument("--trials", type=int, help="default 10,000; with --quick 500")
     parser.add_argument("--gangs", type=int, default=64)
+    parser.add_argument("--real-trials", type=int, help="default 500; with --quick 10")
     arguments = parser.parse_args()
     num_trials = arguments.trials or (500 if arguments.quick else 10_000)
-    with tempfile.TemporaryDirectory() as folder:
-        report = {
-            "simulated": simulate(Path(folder), arguments.searcher, num_trials, arguments.gangs)
-        }
-    for name, value in report["simulated"].items():
-        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    real_trials = arguments.real_trials or (10 if arguments.quick else 500)
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        simulated = simulate(folder / "simulated", arguments.searcher, num_trials, arguments.gangs)
+        show(simulated)
+        rows = [on_gangs(folder / "real", real_trials)]
+        rows += [on_tune(real_trials, reuse_actors=reuse) for reuse in (False, True)]
+    for found in rows:
+        show(found)
+    report = {"simulated": simulated, "rows": rows}
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def show(figures: dict[str, Any]) -> None:
+    for name, value in figures.items():
+        print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
+    print()
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Bench:
         self.task, self.target = recipe.task, recipe.target
         self.runtime = find(RUNTIMES, recipe.target.runtime, what="runtime")
         self.device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.stages = Stages(folder / "stages")
+        self.stages = Stages(folder / "stages", while_waiting=this_host().give_way)
         self.rows_limit, self.steps_limit = rows_limit, steps_limit
         self.num_threads = torch.get_num_threads()
         self._bases: dict[str, Base] = {}

@@ -1,24 +1,28 @@
 """Content-addressed results of stages: the same inputs are never worked on twice.
 
 A result is a folder named by the hash of all that went into it. It appears whole or not at all,
-and what is read back is checked against the hashes written with it.
+and what is read back is checked against the hashes written with it. Of several workers that want
+the same result one makes it, and the others wait for it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from orchestrator.trial import content_hash
 
 SEAL = "stage.json"
+POLL_S = 0.05
 
 
 def file_sha256(path: Path) -> str:
@@ -50,10 +54,19 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 class Stages:
-    """The folder of stage results of one study (or of several that share it)."""
+    """The folder of stage results of one study (or of several that share it).
 
-    def __init__(self, folder: Path) -> None:
+    `while_waiting` is called again and again as long as another worker makes what is wanted here.
+    """
+
+    def __init__(self, folder: Path, *, while_waiting: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
+        self._while_waiting = while_waiting
+
+    def find(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path | None:
+        """The folder of an intact result for these inputs, if there is one."""
+        folder = self._folder_of(stage, inputs, version)
+        return folder if self._intact(folder) else None
 
     def once(
         self, stage: str, inputs: dict[str, Any], build: Callable[[Path], None], *, version: int
@@ -63,19 +76,25 @@ class Stages:
         `version` is raised by hand when the meaning of the stage changes. A damaged result is
         built again.
         """
-        key = content_hash({"stage": stage, "version": version, "inputs": inputs})
-        folder = self.folder / f"{stage}-{key}"
+        folder = self._folder_of(stage, inputs, version)
         if self._intact(folder):
             return folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{stage}-"))
-        try:
-            build(temporary)
-            self._seal(temporary, stage, inputs)
-            self._place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with _held(self.folder / f".{folder.name}.lock", self._while_waiting):
+            if self._intact(folder):  # another worker has made it meanwhile
+                return folder
+            temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{stage}-"))
+            try:
+                build(temporary)
+                self._seal(temporary, stage, inputs)
+                self._place(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return folder
+
+    def _folder_of(self, stage: str, inputs: dict[str, Any], version: int) -> Path:
+        key = content_hash({"stage": stage, "version": version, "inputs": inputs})
+        return self.folder / f"{stage}-{key}"
 
     def _place(self, made: Path, folder: Path) -> None:
         """Let a result appear; an intact one that another worker has placed meanwhile stays."""
@@ -103,3 +122,37 @@ class Stages:
         except (OSError, ValueError):
             return False
         return bool(seal["sha256"] == folder_sha256(folder, leave_out=frozenset({SEAL})))
+
+
+@contextmanager
+def _held(path: Path, while_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file at `path`, which is gone afterwards. The kernel frees a dead worker's.
+
+    On a file system without locks nothing is held: then the same may be made twice.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            while_waiting()
+            time.sleep(POLL_S)
+            continue
+        except OSError:
+            pass
+        if _is_at(path, file):
+            break
+        os.close(file)  # the one before has deleted it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _is_at(path: Path, file: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(file).st_ino
+    except FileNotFoundError:
+        return False

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,13 +69,40 @@ def test_an_atomic_write_replaces_and_leaves_no_temporary_file(tmp_path: Path) -
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
-def test_two_workers_that_make_the_same_do_not_disturb_each_other(tmp_path: Path) -> None:
-    stages, calls = Stages(tmp_path), []
+def test_who_wants_what_another_makes_waits_for_it(tmp_path: Path) -> None:
+    begun, calls, waited = threading.Event(), [], []
+
+    def build(folder: Path) -> None:
+        begun.set()
+        while not waited:
+            time.sleep(0.01)
+        counted(calls)(folder)
+
+    def wait() -> None:
+        waited.append(1)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(Stages(tmp_path).once, "dense", {}, build, version=1)
+        assert begun.wait(10)
+        second = Stages(tmp_path, while_waiting=wait)
+        folder = second.once("dense", {}, counted(calls), version=1)
+    assert folder == first.result() and len(calls) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_without_locks_workers_that_make_the_same_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    calls: list[int] = []
 
     def build(folder: Path) -> None:
         Stages(tmp_path).once("dense", {"seed": 0}, counted(calls), version=1)  # another is faster
         counted(calls)(folder)
 
-    folder = stages.once("dense", {"seed": 0}, build, version=1)
+    folder = Stages(tmp_path).once("dense", {"seed": 0}, build, version=1)
     assert len(calls) == 2 and (folder / "model.txt").read_text() == "weights"
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]

@@ -12,6 +12,7 @@ import numpy as np
 
 from orchestrator import artifact as artifacts
 from orchestrator.alone import this_host
+from orchestrator.base_model import tokenizer_key
 from orchestrator.measure.command import run_command
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import Round, compare_all, decoder_round, encoder_round
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from orchestrator.bench import Bench
 
+SPEED, SPEED_VERSION = "speed.json", 1
 NOT_ALONE = "latency was taken while others computed on this host and did not give way"
 
 
@@ -109,28 +111,64 @@ def measure_served(
 ) -> Measurement:
     """Every number of an artifact that it takes to serve it, on the validation split.
 
-    The answers are kept beside the artifact unless told not to.
+    Unless told not to, its answers are kept beside it, and its speed and memory are what was found
+    for an artifact of the same structure, if there was one in this study.
     """
     stage("quality")
     quality = measure_quality(served, "validation", keep=keep)
-    stage("latency")
-    timing = measure_latency(served)
-    stage("memory")
+    timing = _measure_structure(served, stage) if keep else _measure_speed(served, stage)
     target = served.bench.target
-    memory = peak_memory_mb(served.folder, target, length=served.longest_length)
     own: dict[str, float] = {}
     if target.command is not None:
         stage("command")
         own = run_command(target.command, served.folder)
-    metrics = size_metrics(served.folder) | {"peak_memory_mb": memory}
     intervals = quality.intervals | timing.intervals
     return Measurement(
-        metrics=metrics | quality.metrics | timing.metrics | own,
+        metrics=size_metrics(served.folder) | quality.metrics | timing.metrics | own,
         intervals={name: pair for name, pair in intervals.items() if name not in own},
         num_examples=quality.num_examples,
         fingerprint=fingerprint(),
         notes=(*quality.notes, *timing.notes),
     )
+
+
+def _measure_structure(served: Served, stage: Callable[[str], None]) -> Measurement:
+    """Speed and memory, taken once for artifacts that differ in the values of weights alone.
+
+    What was not taken alone is not kept.
+    """
+    bench = served.bench
+    inputs = {
+        "structure": bench.runtime.structure(served.folder),
+        "dense": served.config.model,
+        "is_baseline": served.is_baseline,
+        "tokenizer": tokenizer_key(served.tokenizer),
+        "data": bench.data_key,
+        "target": bench.target.model_dump(mode="json"),
+        "measure": bench.recipe.measure.model_dump(mode="json"),
+        "fingerprint": fingerprint(),
+    }
+    found = bench.stages.find("speed", inputs, version=SPEED_VERSION)
+    if found is not None:
+        return Measurement.model_validate_json((found / SPEED).read_text())
+    measured = _measure_speed(served, stage)
+    if NOT_ALONE not in measured.notes:
+        text = measured.model_dump_json()
+
+        def write(folder: Path) -> None:
+            (folder / SPEED).write_text(text)
+
+        bench.stages.once("speed", inputs, write, version=SPEED_VERSION)
+    return measured
+
+
+def _measure_speed(served: Served, stage: Callable[[str], None]) -> Measurement:
+    """Timings, and the peak memory of a process that serves it."""
+    stage("latency")
+    timing = measure_latency(served)
+    stage("memory")
+    memory = peak_memory_mb(served.folder, served.bench.target, length=served.longest_length)
+    return timing.model_copy(update={"metrics": timing.metrics | {"peak_memory_mb": memory}})
 
 
 def compare_with_trained(

@@ -67,6 +67,10 @@ class Runtime(Protocol):
 
     def load(self, folder: Path, target: Target) -> Session: ...
 
+    def structure(self, folder: Path) -> str:
+        """A hash of all of an artifact that its speed and memory hang on: equal where only the
+        values of weights differ."""
+
 
 RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": OnnxRuntime(),

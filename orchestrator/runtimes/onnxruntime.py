@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orchestrator.quantize import ActivationNumerics, Numerics, QuantizeOptions, WeightNumerics
-from orchestrator.trial import Infeasible
+from orchestrator.trial import Infeasible, content_hash
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    from onnx import ModelProto
     from onnxruntime import InferenceSession
     from transformers import PreTrainedModel
 
@@ -88,6 +90,16 @@ class OnnxRuntime:
         if any(port.name == "position_ids" for port in session.get_inputs()):
             return DecoderSession(session)
         return EncoderSession(session)
+
+    def structure(self, folder: Path) -> str:
+        import onnx
+
+        return content_hash(
+            {
+                file.name: _outline(onnx.load(file, load_external_data=False))
+                for file in _graphs(folder)
+            }
+        )
 
 
 class _WithoutCache:
@@ -221,6 +233,19 @@ def _refusal(scheme: str, *, served: list[str]) -> str:
     known = {"bf16": "its CPU kernels have no bfloat16 matrix product"}
     reason = known.get(scheme, "it has no kernel that computes with these bits")
     return f"onnxruntime does not serve {scheme}: {reason}; it serves {', '.join(served)}"
+
+
+def _graphs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.onnx"))
+
+
+def _outline(model: ModelProto) -> str:
+    """The graph without the values of weights; integers of 64 bits are shapes and stay."""
+    for weight in model.graph.initializer:
+        if weight.data_type != weight.INT64:
+            for values in ("raw_data", "float_data", "int32_data", "external_data"):
+                weight.ClearField(values)
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _describe(value: ir.Value, file: str) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class TorchRuntime:
 
         return TorchSession(load_model(folder), device=target.device, threads=target.threads)
 
+    def structure(self, folder: Path) -> str:
+        from orchestrator.runtimes.torch_artifact import structure
+
+        return structure(folder)
+
 
 _NO_INT4 = (
     "torch serves no W4A16 in its own bits: on a CPU torchao stores int4 as one int8 a weight, and "

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from orchestrator.quantize.modules import QuantizedLinear
 from orchestrator.runtimes import torch_loader
+from orchestrator.trial import content_hash
 
 WEIGHTS, SPEC, LOADER = "model.safetensors", "loader.json", "load.py"
 
@@ -106,6 +108,18 @@ def ports(model: PreTrainedModel, *, kind: str) -> dict[str, Any]:
         ],
         "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", *last]}],
     }
+
+
+def structure(folder: Path) -> str:
+    """See `Runtime.structure`: the header of the weights' file, and what says how they are used."""
+    about: dict[str, Any] = {}
+    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 (it is no dict)
+            part = weights.get_slice(name)
+            about[name] = [part.get_dtype(), part.get_shape()]
+    written = [folder / name for name in (SPEC, "config.json")]
+    texts = {path.name: path.read_text() for path in written if path.exists()}
+    return content_hash([about, texts])
 
 
 def _array(logits: torch.Tensor) -> np.ndarray:
