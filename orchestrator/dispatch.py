@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.launch import Done, Event, Launcher, Lost
+from orchestrator.launch import Done, Event, Launcher, Lost, Told
 from orchestrator.ledger import Ledger
 from orchestrator.trial import Result, Work
 
@@ -18,10 +18,11 @@ WAIT_S = 5.0  # between looks at a budget, at most
 
 @dataclass
 class Running:
-    """A work on a gang, and since when."""
+    """A work on a gang, and since when; `told` is the last that was said of what it waits for."""
 
     work: Work
     since: float
+    told: str = ""
 
 
 class Dispatch:
@@ -53,6 +54,7 @@ class Dispatch:
                 return
             for event in self.launcher.wait(WAIT_S):
                 self._hear(event, again, ended)
+            self._tell_what_waits()
 
     def abandon(self, message: str) -> None:
         """Record that what runs will come to no result here."""
@@ -66,6 +68,16 @@ class Dispatch:
             self.ledger.append("started", work.key, attempt=work.attempt)
         self.running[work.kind, work.key] = Running(work, self.launcher.now())
         self.launcher.start(work)
+
+    def _tell_what_waits(self) -> None:
+        """As stages, of works that have waited for a while."""
+        waiting = self.launcher.waiting()
+        for running in self.running.values():
+            why = waiting.get(running.work.key, "")
+            waited = self.launcher.now() - running.since
+            if why and why != running.told and waited >= WAIT_S:
+                running.told = why
+                self.launcher.hear(Told(running.work, f"waits for {why}"))
 
     def _hear(self, event: Event, again: deque[Work], ended: Ended) -> None:
         work = event.work

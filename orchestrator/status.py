@@ -35,7 +35,7 @@ def study_status(folder: Path) -> Json:
         "study": name,
         "state": _state(folder, tally, lease),
         "driver": _driver(lease),
-        "trials": {"running": len(running), **tally.counts()},
+        "trials": {"running": len(running), **tally.counts(running={r.key for r in running})},
         "running": [vars(each) for each in running],
         "device_seconds": tally.device_seconds,
         "hypervolume": tally.hypervolume,
@@ -108,12 +108,13 @@ class Tally:
         kind = event.payload.get("kind")
         self.running.pop("timings" if kind == "timings" else f"{kind}:{event.key}", None)
 
-    def counts(self) -> Json:
-        """Results by status, failures by their reason, and what came to none."""
+    def counts(self, *, running: set[str]) -> Json:
+        """Results by status, failures by their reason, what came to none and what is left."""
         found = Counter(status for status, _ in self.ended.values())
         failed = Counter(why for status, why in self.ended.values() if status == TrialStatus.FAILED)
         return {
             "asked": len(self.asked),
+            "queued": len(self.asked - self.ended.keys() - running),
             **{status.value: found[status.value] for status in TrialStatus},
             "failed_by_reason": dict(failed),
             "lost_attempts": self.num_lost,

@@ -113,6 +113,25 @@ def asked(folder: Path) -> list[str]:
 # -- many gangs ----------------------------------------------------------------------------------
 
 
+class Crowded(Virtual):
+    """Nothing begins for a while."""
+
+    def wait(self, timeout: float | None = None) -> list[Any]:
+        if self._clock < 20:
+            self._clock += timeout or 5
+            return []
+        return super().wait(timeout)
+
+    def waiting(self) -> dict[str, str]:
+        return {work.key: "a GPU" for *_, work, _ in self._running if self._clock < 20}
+
+
+def test_what_a_work_waits_for_is_told_once(tmp_path, facts):
+    Study(recipe_of(tmp_path), launcher=Crowded(surrogate, facts=facts, num_gangs=2)).run()
+    told = [event.payload["stage"] for event in events(tmp_path) if event.kind == "stage"]
+    assert told == ["waits for a GPU"]
+
+
 def test_every_configuration_runs_once_whatever_the_number_of_gangs(tmp_path, facts):
     ids = set()
     for num_gangs in (1, 7):

@@ -95,6 +95,7 @@ def test_results_are_counted_by_how_they_ended(folder, ledger):
     assert status["trials"] == {
         "asked": 4,
         "running": 0,
+        "queued": 0,
         "completed": 1,
         "stopped": 0,
         "failed": 2,
@@ -106,6 +107,19 @@ def test_results_are_counted_by_how_they_ended(folder, ledger):
     assert (status["device_seconds"], status["hypervolume"]) == (4 * 2 + 3, 0.7)
     told = "4 asked · 1 completed · 1 skipped · 2 failed (1 oom, 1 timeout) · 1 given up"
     assert f"{told} · 1 attempt lost" in printed(status)
+
+
+def test_what_was_asked_for_and_has_no_place_yet_is_queued(folder, ledger):
+    for key in "abc":
+        ledger.append("asked", key)
+    finish(ledger, "a", "completed")
+    ledger.append("started", "b")
+    ledger.append("stage", "b", stage="waits for a place with 1 GPU")
+    status = study_status(folder)
+    assert (status["trials"]["running"], status["trials"]["queued"]) == (1, 1)
+    told = printed(status)
+    assert "1 running · 1 queued · 1 completed" in told
+    assert told.rstrip().endswith("waits for a place with 1 GPU")
 
 
 def test_only_the_last_result_of_a_trial_counts_but_all_its_time(folder, ledger):

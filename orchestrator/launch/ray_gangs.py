@@ -317,7 +317,7 @@ class RayGangs:
 
     def _reason(self, gang: Gang) -> str:
         if not gang.placing:
-            return "its worker starts"
+            return "its worker to start"
         available = self.cluster.available()
         free = {name: available.get(name, 0.0) for name in self.shape.amounts}
         return f"a place with {self.shape}; the whole cluster has free: {said(free)}"

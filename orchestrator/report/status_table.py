@@ -48,7 +48,7 @@ def _facts(status: Json) -> Iterator[tuple[str, str]]:
 def _counted(trials: Json) -> str:
     """ "20 asked · 1 running · 15 completed · 2 failed (1 oom, 1 error)"."""
     told = [f"{trials['asked']} asked"]
-    for name in ("running", "completed", "stopped", "skipped", "failed", "given_up"):
+    for name in ("running", "queued", "completed", "stopped", "skipped", "failed", "given_up"):
         if trials[name]:
             told.append(f"{trials[name]} {name.replace('_', ' ')}")
         if name == "failed" and trials[name]:
