@@ -2,7 +2,7 @@
 
 Training grows with the positions of its batches and the size of the model; a teacher's answers,
 scores and the comparison of trained with served grow with rows, importance with its batches; a
-graph is exported once a shape; the rest takes what it takes. Every trial is counted as if it
+graph is exported once a shape, and timed once a shape and scheme; the rest takes what it takes. Every trial is counted as if it
 ended on the front, which is scored on test too.
 """
 
@@ -19,7 +19,8 @@ from orchestrator.signature import Signature
 from orchestrator.space import planned
 from orchestrator.trial import TrialConfig
 
-FIXED = ("load", "prepare", "augment", "convert", "greedy", "latency", "memory", "command")
+FIXED = ("load", "prepare", "augment", "convert", "greedy", "command")
+SPEED = ("latency", "memory")
 FORWARD = 1 / 3  # of a training step: the backward pass is twice as much
 
 
@@ -53,13 +54,15 @@ class Cost:
         self.baselines, self.paths = baselines, paths
         self.num_tried = num_tried
         self._exported: set[str] = set()
+        self._timed: set[str] = set()
         self._answered: set[str] = set()
         self._trained: set[str] = set()
         self.signature = cache(self._signature)
 
     def study_s(self, configs: Iterable[TrialConfig]) -> float:
         """The baselines and all configurations, those left out whose path did not work."""
-        self._exported, self._answered, self._trained = set(), set(), set()
+        for done in (self._exported, self._timed, self._answered, self._trained):
+            done.clear()
         total = sum(self.baseline_s(model.id) for model in self.recipe.models)
         return total + sum(self.trial_s(config) for config in configs)
 
@@ -93,10 +96,7 @@ class Cost:
             return False
         rounded = config.quantize if config.quantize["qat"] else None
         training = [config.model, config.prune, config.finetune, config.seed, rounded]
-        key = json.dumps(training, sort_keys=True)
-        again = key in self._trained
-        self._trained.add(key)
-        return again
+        return _is_known(json.dumps(training, sort_keys=True), self._trained)
 
     # -- parts -----------------------------------------------------------------------------------
 
@@ -164,24 +164,44 @@ class Cost:
         check = seconds["check"] * checked / min(self.num_tried, checked)
         quality = seconds["quality"] * (validation + test) / min(self.num_tried, validation)
         fixed = sum(seconds.get(stage, 0.0) for stage in FIXED)
-        return float(fixed + check + quality + self._export_s(config))
+        return float(fixed + check + quality + self._export_s(config) + self._speed_s(config))
 
     def _export_s(self, config: TrialConfig) -> float:
         """The longest export of the model for a new shape, the shortest for one that was exported."""
-        rows = [self.baselines[config.model], *self.paths.values()]
-        seconds = [
-            row["stage_seconds"]["export"]
+        seconds = self._seconds_of(config.model, ("export",))
+        again = _is_known(self._shape(config), self._exported)
+        return min(seconds) if again else max(seconds)
+
+    def _speed_s(self, config: TrialConfig) -> float:
+        """Timings and memory as they were taken for any path of the model, of a new structure alone."""
+        quantize = {name: v for name, v in config.quantize.items() if not name.startswith("qat")}
+        structure = json.dumps([self._shape(config), quantize], sort_keys=True)
+        if _is_known(structure, self._timed):
+            return 0.0
+        return max(self._seconds_of(config.model, SPEED))
+
+    def _seconds_of(self, model: str, stages: tuple[str, ...]) -> list[float]:
+        """What `stages` took, in each path of a model that works."""
+        rows = [self.baselines[model], *self.paths.values()]
+        return [
+            sum(row["stage_seconds"].get(stage, 0.0) for stage in stages)
             for row in rows
-            if row["works"] and _is_of(config.model, row)
+            if row["works"] and _is_of(model, row)
         ]
+
+    def _shape(self, config: TrialConfig) -> str:
         counts = planned(config, self.signature(config.model)).counts
-        shape = json.dumps([config.model, counts], sort_keys=True)
-        again = shape in self._exported
-        self._exported.add(shape)
-        return float(min(seconds) if again else max(seconds))
+        return json.dumps([config.model, counts], sort_keys=True)
 
     def _signature(self, model: str) -> Signature:
         return Signature.model_validate(self.models[model]["signature"])
+
+
+def _is_known(key: str, known: set[str]) -> bool:
+    """Whether it was asked about before; from now on it is known."""
+    again = key in known
+    known.add(key)
+    return again
 
 
 def _num_rows(finetune: Json, facts: Json) -> int:

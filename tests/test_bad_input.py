@@ -402,6 +402,7 @@ def test_problems_of_several_models_are_told_together(
     assert told.status == 2 and len(told.problems) == 2, told.err
 
 
+@pytest.mark.slow
 def test_planning_finds_the_same_problems_without_torch_in_the_process(
     files: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from orchestrator.recipe import make_recipe
 from orchestrator.run_trial import run_baseline, run_trial
 from orchestrator.trial import TrialResult, TrialStatus
 
+pytestmark = pytest.mark.slow
+
 GRADUAL = {"method": "structured", "neurons": 0.5, "heads": 0.5, "schedule": "gradual"}
 SHRUNK = [
     {"method": "vocabulary", "vocab_size": 300},

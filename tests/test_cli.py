@@ -538,6 +538,7 @@ def test_numbers_that_json_does_not_have_are_null(
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path = tiny_study.write_recipe(tmp_path, **ALONE)
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(path)]

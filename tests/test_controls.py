@@ -79,6 +79,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> controls.Arms:
     return controls.Arms(bench, {"learning_rate": 1e-3, "max_steps": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", controls.UNCHANGED, ids=lambda control: control.name)
 def test_learning_rate_0_changes_no_bit_of_what_is_served(
     arms: controls.Arms, control: controls.Control
@@ -87,11 +88,13 @@ def test_learning_rate_0_changes_no_bit_of_what_is_served(
     assert found["weights_equal"] and found["answers_equal"] and found["verdict"] == "unchanged"
 
 
+@pytest.mark.slow
 def test_training_is_noticed(arms: controls.Arms) -> None:
     trained = controls.Control("trained", controls.Arm("after"), controls.UNCHANGED[0].worse)
     assert controls.run_unchanged(trained, arms, 0)["verdict"] == "CHANGED"
 
 
+@pytest.mark.slow
 def test_an_arm_runs_once_a_seed_and_every_control_fills_the_table(arms: controls.Arms) -> None:
     distillation = controls.CONTROLS[-1]
     before = set(arms._answers)

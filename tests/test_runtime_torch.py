@@ -191,6 +191,7 @@ with torch.inference_mode():
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_it_with_load_py_alone(tmp_path: Path) -> None:
     model = tiny_bert()
     shrink(model, {"encoder.0.heads": [1, 3]})

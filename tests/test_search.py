@@ -271,7 +271,11 @@ def test_numbers_that_mean_something_else_by_now_are_not_taken_for_the_configura
 
 @pytest.mark.parametrize(
     ("name", "options", "num_asks", "num_seeds"),
-    [("tpe", {}, 48, 6), ("nsga2", {}, 60, 12), ("gp", {"num_startup_trials": 5}, 11, 2)],
+    [
+        ("tpe", {}, 48, 6),
+        ("nsga2", {}, 60, 12),
+        pytest.param("gp", {"num_startup_trials": 5}, 11, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_it_finds_a_better_front_than_random_and_learns_to_keep_the_limit(
     name, options, num_asks, num_seeds

@@ -21,13 +21,15 @@ from orchestrator.run_trial import run_baseline, run_trial
 from orchestrator.runtimes import RUNTIMES, Target
 from orchestrator.trial import TrialStatus
 
+pytestmark = pytest.mark.slow
+
 
 def structure(model: PreTrainedModel, runtime: str, folder: Path, *, scheme: str = "none") -> str:
     """Of the artifact that is made of a model."""
     engine, options = RUNTIMES[runtime], QuantizeOptions(scheme=scheme)
     converted = convert(copy.deepcopy(model), engine.numerics(options, Target(runtime=runtime)))
     folder.mkdir()
-    engine.export(converted, folder, kind="encoder", cache=folder.parent / "cache")
+    engine.export(converted, folder, kind="encoder", cache=folder.parents[1] / "cache")
     converted.config.save_pretrained(folder)
     return engine.structure(folder)
 

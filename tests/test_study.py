@@ -184,6 +184,7 @@ def test_export_copies_an_intact_artifact_and_refuses_a_flipped_byte(
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 def test_a_dropped_artifact_is_built_again_with_the_same_bytes(
     folder: Path, front: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_dropped_artifact_is_built_again_with_the_same_bytes(
     assert after["model.onnx"] == before["model.onnx"]
 
 
+@pytest.mark.slow
 def test_measure_takes_the_numbers_again(folder: Path, front: dict[str, Any]) -> None:
     point = front["points"][0]
     done = slimtune("measure", folder / "study" / point["artifact"], "--json")
@@ -209,6 +211,7 @@ def test_measure_takes_the_numbers_again(folder: Path, front: dict[str, Any]) ->
     assert again["size_mb"] == point["metrics"]["size_mb"]
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_has_its_reason_and_disturbs_nobody(tmp_path: Path) -> None:
     space = {
         "prune": "none",
@@ -225,6 +228,7 @@ def test_a_trial_that_fails_has_its_reason_and_disturbs_nobody(tmp_path: Path) -
     assert any(t["role"] == "trial" and t["status"] == "completed" for t in trials)
 
 
+@pytest.mark.slow
 def test_a_dry_run_tries_every_path_and_writes_no_study(folder: Path, tmp_path: Path) -> None:
     path = tiny_study.write_recipe(tmp_path)
     done = slimtune("run", path, "--dry-run", "--json")
