@@ -214,7 +214,7 @@ def on_gangs(folder: Path, num_trials: int) -> dict[str, Any]:
         launcher.close()
 
 
-def on_tune(num_trials: int, *, reuse_actors: bool) -> dict[str, Any]:
+def on_tune(folder: Path, num_trials: int, *, reuse_actors: bool) -> dict[str, Any]:
     """As many trials of a function that reports one number."""
     import ray
     from ray import tune
@@ -230,7 +230,7 @@ def on_tune(num_trials: int, *, reuse_actors: bool) -> dict[str, Any]:
         tune.with_resources(train, {"cpu": 1}),
         param_space={"x": tune.uniform(0, 1)},
         tune_config=tune.TuneConfig(num_samples=num_trials, reuse_actors=reuse_actors),
-        run_config=tune.RunConfig(verbose=0),
+        run_config=tune.RunConfig(verbose=0, storage_path=str(folder)),
     )
     began = time.perf_counter()
     assert not tuner.fit().errors
@@ -267,7 +267,7 @@ def main() -> None:
         simulated = simulate(folder / "simulated", arguments.searcher, num_trials, arguments.gangs)
         show(simulated)
         rows = [on_gangs(folder / "real", real_trials)]
-        rows += [on_tune(real_trials, reuse_actors=reuse) for reuse in (False, True)]
+        rows += [on_tune(folder, real_trials, reuse_actors=reuse) for reuse in (False, True)]
     for found in rows:
         show(found)
     report = {"simulated": simulated, "rows": rows}

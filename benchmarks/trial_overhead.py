@@ -29,11 +29,14 @@ from rich.console import Console
 from rich.table import Table
 
 from orchestrator.launch import Done
+from orchestrator.launch.ray_cluster import num_cores
 from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.recipe import Recipe, make_recipe
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus, Work
 
 Json = dict[str, Any]
+Timed = tuple[float, list[Json]]  # seconds of all trials, and their results
+Way = Callable[[Recipe, Sequence[TrialConfig]], Timed]
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {
     "seconds_evaluation": ("quality", "check"),
@@ -57,7 +60,7 @@ SMALL = {
 
 
 def recipe_for(folder: Path, model: Json) -> Recipe:
-    folder.mkdir()
+    (folder / "study").mkdir(parents=True)
     rows = (f"{WORDS[i % 4]} {WORDS[4 + i % 6]} {WORDS[i % 10]},{'ab'[i % 2]}" for i in range(400))
     data = folder / "data.csv"
     data.write_text("text,label\n" + "\n".join(rows) + "\n")
@@ -91,6 +94,7 @@ def configs(recipe: Recipe, count: int, *, begin: int) -> list[TrialConfig]:
 def run_here(recipe: Json, config: Json) -> Json:
     """One trial in this process, as a function of a Tune user would do it."""
     sys.path.insert(0, str(REPOSITORY))
+    os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the process whose memory is measured
     from orchestrator.quiet import quiet
 
     quiet()
@@ -106,29 +110,34 @@ def run_here(recipe: Json, config: Json) -> Json:
 # -- the ways ------------------------------------------------------------------------------------
 
 
-class WarmGang:
-    """Trials on one gang that is kept; made of it is also the dense model that all ways use."""
+def warm_gang(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
+    """Trials on one gang that is kept. It makes the dense model too, which all ways use."""
+    launcher = RayGangs(recipe, Path(recipe.output_dir), device="cpu")
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.launcher = RayGangs(recipe, Path(recipe.output_dir), device="cpu")
-        self.launcher.facts()
-        model = recipe.models[0].id
-        self.do(Work(kind="baseline", key=f"baseline:{model}", model=model))
-        self(configs(recipe, 1, begin=0))
-
-    def do(self, work: Work) -> TrialResult:
-        self.launcher.start(work)
-        (event,) = self.launcher.wait()
+    def do(work: Work) -> TrialResult:
+        launcher.start(work)
+        (event,) = launcher.wait()
         assert isinstance(event, Done) and isinstance(event.result, TrialResult), event
         return event.result
 
-    def __call__(self, trials: Sequence[TrialConfig]) -> list[Json]:
-        works = [Work(kind="trial", key=c.id, config=c) for c in trials]
-        return [self.do(work).model_dump(mode="json") for work in works]
+    try:
+        model = recipe.models[0].id
+        launcher.facts()
+        do(Work(kind="baseline", key=f"baseline:{model}", model=model))
+        do(trial_work(*configs(recipe, 1, begin=0)))
+        began = time.perf_counter()
+        results = [do(trial_work(config)).model_dump(mode="json") for config in trials]
+        return time.perf_counter() - began, results
+    finally:
+        launcher.close()
 
 
-def fresh_processes(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Json]:
-    results = []
+def trial_work(config: TrialConfig) -> Work:
+    return Work(kind="trial", key=config.id, config=config)
+
+
+def fresh_processes(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
+    began, results = time.perf_counter(), []
     for config in trials:
         arguments = json.dumps([recipe.resolved(), config.model_dump(mode="json")])
         done = subprocess.run(
@@ -139,10 +148,10 @@ def fresh_processes(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Json]
             check=True,
         )
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    return results
+    return time.perf_counter() - began, results
 
 
-def tune_function(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Json]:
+def tune_function(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
     from ray import tune
 
     written = recipe.resolved()
@@ -150,10 +159,10 @@ def tune_function(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Json]:
     def train(params: Json) -> None:
         tune.report({"loss": 0.0, "result": run_here(written, json.loads(params["config"]))})
 
-    return _tuned(train, trials)
+    return _tuned(recipe, train, trials)
 
 
-def tune_with_trainer(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Json]:
+def tune_with_trainer(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
     from ray import tune
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -172,31 +181,34 @@ def tune_with_trainer(recipe: Recipe, trials: Sequence[TrialConfig]) -> list[Jso
         )
         tune.report({"loss": 0.0, "result": trainer.fit().return_value})
 
-    return _tuned(train, trials)
+    return _tuned(recipe, train, trials)
 
 
-def _tuned(train: Callable[[Json], None], trials: Sequence[TrialConfig]) -> list[Json]:
-    """Trials one after another; their configurations go as text, which Tune leaves alone."""
+def _tuned(recipe: Recipe, train: Callable[[Json], None], trials: Sequence[TrialConfig]) -> Timed:
+    """Trials one after another; their configurations go as text, which Tune leaves alone.
+
+    Starting Ray is not counted.
+    """
+    import ray
     from ray import tune
 
+    ray.init(num_cpus=max(2, num_cores()), log_to_driver=False)  # the nested one needs two
     texts = [config.model_dump_json() for config in trials]
     tuner = tune.Tuner(
         tune.with_resources(train, {"cpu": 1}),
         param_space={"config": tune.grid_search(texts)},
         tune_config=tune.TuneConfig(max_concurrent_trials=1),
+        run_config=tune.RunConfig(verbose=0, storage_path=str(Path(recipe.output_dir).parent)),
     )
+    began = time.perf_counter()
     found = tuner.fit()
+    seconds = time.perf_counter() - began
+    ray.shutdown()
     assert not found.errors, found.errors
-    return [result.metrics["result"] for result in found]
+    return seconds, [result.metrics["result"] for result in found]
 
 
 # -- figures -------------------------------------------------------------------------------------
-
-
-def timed(way: str, run: Callable[[Sequence[TrialConfig]], list[Json]], trials: Any) -> Json:
-    began = time.perf_counter()
-    results = run(trials)
-    return row(way, time.perf_counter() - began, results)
 
 
 def demo_model() -> str | None:
@@ -238,24 +250,22 @@ def main() -> None:
     count = 2 if arguments.quick else arguments.trials
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        recipe = recipe_for(Path(name) / "small", SMALL)
-        warm = WarmGang(recipe)
-        ways: dict[str, Callable[[Sequence[TrialConfig]], list[Json]]] = {
-            "warm gang": warm,
-            "fresh process": lambda trials: fresh_processes(recipe, trials),
-            "Tune function": lambda trials: tune_function(recipe, trials),
-            "Tune with TorchTrainer": lambda trials: tune_with_trainer(recipe, trials),
+        small = recipe_for(Path(name) / "small", SMALL)
+        ways: dict[str, Way] = {
+            "warm gang": warm_gang,
+            "fresh process": fresh_processes,
+            "Tune function": tune_function,
+            "Tune with TorchTrainer": tune_with_trainer,
         }
+        if arguments.quick:
+            ways = dict(list(ways.items())[:2])
         for number, (way, run) in enumerate(ways.items()):
-            if arguments.quick and number > 1:
-                break
-            rows.append(timed(way, run, configs(recipe, count, begin=1 + number * count)))
-        warm.launcher.close()
+            rows.append(row(way, *run(small, configs(small, count, begin=1 + number * count))))
+            print(json.dumps(rows[-1]), flush=True)
         if not arguments.quick and (model := demo_model()):
-            recipe = recipe_for(Path(name) / "minilm", {"id": "minilm", "name": model})
-            warm = WarmGang(recipe)
-            rows.append(timed("warm gang, MiniLM", warm, configs(recipe, count, begin=1)))
-            warm.launcher.close()
+            minilm = recipe_for(Path(name) / "minilm", {"id": "minilm", "name": model})
+            trials = configs(minilm, count, begin=1)
+            rows.append(row("warm gang, MiniLM", *warm_gang(minilm, trials)))
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
