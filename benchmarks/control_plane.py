@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import resource
 import tempfile
 import time
@@ -261,7 +260,6 @@ def main() -> None:
     arguments = parser.parse_args()
     num_trials = arguments.trials or (500 if arguments.quick else 10_000)
     real_trials = arguments.real_trials or (10 if arguments.quick else 500)
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         simulated = simulate(folder / "simulated", arguments.searcher, num_trials, arguments.gangs)

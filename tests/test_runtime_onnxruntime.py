@@ -139,12 +139,12 @@ def test_a_second_model_of_the_same_shapes_is_not_exported_again(cache, tmp_path
 
 
 def test_a_model_of_other_shapes_or_settings_is_another_template():
-    key = onnx_export.signature_key(make("bert"), kind="encoder")
-    assert onnx_export.signature_key(make("bert"), kind="encoder") == key
+    key = onnx_export.template_keys(make("bert"), kind="encoder")
+    assert onnx_export.template_keys(make("bert"), kind="encoder") == key
     smaller = tiny_models.make("bert", intermediate_size=48)
-    assert onnx_export.signature_key(smaller, kind="encoder") != key
+    assert onnx_export.template_keys(smaller, kind="encoder") != key
     fewer_heads = tiny_models.make("bert", intermediate_size=80, num_attention_heads=2)
-    assert onnx_export.signature_key(fewer_heads, kind="encoder") != key
+    assert onnx_export.template_keys(fewer_heads, kind="encoder") != key
 
 
 def test_an_export_that_changes_the_numbers_is_refused_and_not_kept(tmp_path, monkeypatch):

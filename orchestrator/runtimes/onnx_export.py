@@ -1,7 +1,8 @@
 """A model's graphs without their weights: exported once a shape signature, then only filled.
 
 An export takes seconds even for tiny models, and models of one signature differ in their weights
-alone. A template is an ONNX file whose weights are inputs, named as the model's parameters.
+alone. A template is an ONNX file whose weights are inputs, named as the model's parameters. One
+for other sizes of the same layers is made of one that exists.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.quantize.rounding import dequantize
 from orchestrator.runtimes.onnx_parts import Kind, Part, example, parts
+from orchestrator.runtimes.onnx_resize import resize
 from orchestrator.runtimes.onnx_rewrite import fuse_attention, keep_norms_apart
 from orchestrator.trial import content_hash
 
@@ -55,22 +57,45 @@ UNUSED_SETTINGS = {  # of configs and modules: they name things, or belong to tr
     "training",
 }
 
+SIZES = {  # of configs: what pruning changes
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "n_heads",
+    "num_heads",
+    "intermediate_size",
+    "n_inner",
+    "hidden_dim",
+    "d_ff",
+}
+
 
 def templates(model: PreTrainedModel, *, kind: Kind, cache: Path) -> dict[str, ir.Model]:
-    """The model's graphs by file name, taken from `cache` or exported into it."""
-    folder = cache / f"onnx-{signature_key(model, kind)}"
+    """The model's graphs by file name, taken from `cache` or made into it."""
+    outline, signature = template_keys(model, kind)
+    folder = cache / f"onnx-{outline}-{signature}"
     if not folder.is_dir():
-        _export_into(folder, parts(float_copy(model), kind))
+        alike = sorted(cache.glob(f"onnx-{outline}-*[!-]"))
+        _make(folder, parts(float_copy(model), kind), alike[:1])
     return {file.name: ir.load(file) for file in sorted(folder.iterdir())}
 
 
-def signature_key(model: PreTrainedModel, kind: Kind) -> str:
-    """Equal for models that one graph serves: same modules, shapes and settings, same exporter."""
+def template_keys(model: PreTrainedModel, kind: Kind) -> tuple[str, str]:
+    """The outline of a model, equal where layers differ in sizes alone, and its signature.
+
+    Models of one signature have the same modules, shapes and settings, and are served by one graph.
+    """
     versions = {name: version(name) for name in ("torch", "transformers", "onnxscript")}
     modules = {name: _facts(module) for name, module in model.named_modules()}
     config = {k: v for k, v in model.config.to_dict().items() if k not in UNUSED_SETTINGS}
     config = json.loads(json.dumps(config, default=str))
-    return content_hash([VERSION, kind, versions, modules, config])
+    outline = {name: _without_sizes(facts) for name, facts in modules.items()}
+    base = {k: v for k, v in config.items() if k not in SIZES and not k.endswith("token_id")}
+    return (
+        content_hash([VERSION, kind, versions, outline, base]),
+        content_hash([VERSION, kind, versions, modules, config]),
+    )
 
 
 def float_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -169,6 +194,14 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     return {"class": type(module).__qualname__, **settings, **shapes, **buffers}
 
 
+def _without_sizes(facts: dict[str, Any]) -> dict[str, Any]:
+    """What of a module's facts stays when units are taken out of it."""
+    return {
+        name: None if isinstance(value, tuple) or type(value) is int else value
+        for name, value in facts.items()
+    }
+
+
 def _digest(tensor: torch.Tensor) -> str:
     array = as_array(tensor)
     return f"{array.dtype} {array.shape} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"
@@ -190,19 +223,42 @@ def _float_twin(module: nn.Module) -> nn.Module | None:
     return linear
 
 
-def _export_into(folder: Path, exported: list[Part]) -> None:
-    """Export, check and write templates; `folder` appears whole or not at all."""
+def _make(folder: Path, wanted: list[Part], alike: list[Path]) -> None:
+    """Make, check and write templates, of those in a folder of `alike` where that can be.
+
+    `folder` appears whole or not at all.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as temporary:
-        made = Path(temporary, "made")
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}-", suffix="-"
+    ) as name:
+        made, scratch = Path(name, "made"), Path(name)
         made.mkdir()
-        for part in exported:
-            ir.save(_export(part), made / part.file)
-            _check(part, made / part.file, Path(temporary, part.file))
+        for part in wanted:
+            if not any(_resized(part, other / part.file, made, scratch) for other in alike):
+                ir.save(_export(part), made / part.file)
+                _check(part, made / part.file, scratch / part.file)
         try:
             made.rename(folder)
         except OSError:
             assert folder.is_dir()  # another worker was faster, and made the same
+
+
+def _resized(part: Part, other: Path, made: Path, scratch: Path) -> bool:
+    """Whether the template of the same layers in other sizes could be made to serve this part."""
+    weights = float_weights(part.module.model)
+    try:
+        model = ir.load(other)
+        resize(
+            model,
+            {name: tuple(weight.shape) for name, weight in weights.items()},
+            (*part.inputs, *part.outputs),
+        )
+        ir.save(model, made / part.file)
+        _check(part, made / part.file, scratch / part.file)
+    except Exception:  # whatever it is, an export will do; onnxruntime's classes share no base
+        return False
+    return True
 
 
 def _export(part: Part) -> ir.Model:
