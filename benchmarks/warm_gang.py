@@ -39,7 +39,7 @@ KINDS: dict[str, Json] = {
     "distilled": {"prune": HALF, "finetune": {"distillation": {"alpha": 0.5}}},
     "distilled by layers": {"finetune": {"distillation": {"alpha": 1.0, "hidden": 10.0}}},
     "made-up rows": {"finetune": {"distillation": {}, "augmentation": {"copies": 1}}},
-    "diverging": {"finetune": {"learning_rate": 1e6, "max_grad_norm": 0.0}},
+    "diverging": {"finetune": {"learning_rate": 1e30}},
 }
 
 

@@ -15,7 +15,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.quantize.rounding import dequantize
 from orchestrator.runtimes.onnx_parts import Kind, Part, example, parts
 from orchestrator.runtimes.onnx_resize import resize
-from orchestrator.runtimes.onnx_rewrite import fuse_attention, keep_norms_apart
+from orchestrator.runtimes.onnx_rewrite import fuse_attention, keep_norms_apart, name_by_place
 from orchestrator.trial import content_hash
 
-VERSION = 1  # raised when a template changes its meaning
+VERSION = 2  # raised when a template changes its meaning
 OPSET = 23  # the first with attention, RMS norm and rotary embedding as single operators
 WEIGHT = "model."  # graph modules hold the model under this name, so weights are called so too
 LARGEST_FILE = 2**31 - 2**20  # bytes of weights; protobuf ends at 2 GiB
@@ -246,14 +246,9 @@ def _make(folder: Path, wanted: list[Part], alike: list[Path]) -> None:
 
 def _resized(part: Part, other: Path, made: Path, scratch: Path) -> bool:
     """Whether the template of the same layers in other sizes could be made to serve this part."""
-    weights = float_weights(part.module.model)
     try:
         model = ir.load(other)
-        resize(
-            model,
-            {name: tuple(weight.shape) for name, weight in weights.items()},
-            (*part.inputs, *part.outputs),
-        )
+        resize(model, _weight_shapes(part), (*part.inputs, *part.outputs))
         ir.save(model, made / part.file)
         _check(part, made / part.file, scratch / part.file)
     except Exception:  # whatever it is, an export will do; onnxruntime's classes share no base
@@ -275,11 +270,19 @@ def _export(part: Part) -> ir.Model:
         value.shape = ir.Shape(port.shape)
     fuse_attention(program.model)
     keep_norms_apart(program.model)
+    name_by_place(program.model)
     # A stack trace a node. The shapes stay: onnxruntime fuses more where it knows them.
     ClearMetadataAndDocStringPass()(program.model)
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()
+    with suppress(ValueError):  # so that it is the same, to the byte, as if it had been resized
+        resize(program.model, _weight_shapes(part), (*part.inputs, *part.outputs))
     return program.model
+
+
+def _weight_shapes(part: Part) -> dict[str, tuple[int, ...]]:
+    weights = float_weights(part.module.model)
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _program(part: Part) -> torch.onnx.ONNXProgram:

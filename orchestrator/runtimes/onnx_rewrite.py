@@ -34,6 +34,31 @@ def keep_norms_apart(model: ir.Model) -> None:
             residual.op_type = "Sum"
 
 
+def name_by_place(model: ir.Model) -> None:
+    """Names by what makes a value and where, since the exporter counts by sizes it has met."""
+    graph, ports = model.graph, {*model.graph.inputs, *model.graph.outputs}
+    for place, node in enumerate(graph):
+        node.name = f"{node.op_type}.{place}"
+        for index, value in enumerate(node.outputs):
+            if value not in ports:
+                value.name = f"{node.name}.{index}" if index else node.name
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.name in graph.initializers and _is_counted(value):
+                _rename(graph, value, f"{node.name}.constant.{index}")
+
+
+def _is_counted(value: ir.Value) -> bool:
+    return str(value.name).startswith("val_")
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    graph.initializers.pop(str(value.name))
+    value.name = name
+    if value.const_value is not None:
+        value.const_value.name = name
+    graph.register_initializer(value)
+
+
 def _share_heads(node: ir.Node) -> None:
     """Leave the repeating of grouped-query keys and values to Attention."""
     for index in (1, 2):
