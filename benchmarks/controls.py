@@ -1,7 +1,7 @@
 """Whether pruning, QAT and distillation do what they are for: each against its control.
 
     python benchmarks/controls.py [--quick] [--json FILE] [--task stdlib|sst2] [--seeds 3]
-                                  [--data FOLDER] [--model FOLDER]
+                                  [--data FOLDER] [--model FOLDER] [--only TEXT]
 
 `stdlib` is the small Llama of recipes/quickstart.yaml and needs nothing. `sst2` is MiniLM (by
 default the one that the extra `demo` brings) on a folder with train.tsv and dev.tsv: sentence TAB
@@ -71,12 +71,19 @@ RANDOM = {"importance": "random"}
 W8A8, W4A16 = {"scheme": "W8A8"}, {"scheme": "W4A16", "group_size": 32}
 QAT = {"qat": True}
 DISTILL = {"distillation": {"alpha": 0.8, "temperature": 2.0}}
+BY_ANSWERS = {"distillation": {"alpha": 1.0, "temperature": 10.0}}
+BY_LAYERS = {"distillation": {"alpha": 1.0, "temperature": 10.0, "hidden": 30.0}}
 CONTROLS = [
     Control("50 % of weights", Arm("magnitude", MASK), Arm("random", MASK | RANDOM)),
     Control("50 % of heads and neurons", Arm("Taylor", HALF), Arm("random", HALF | RANDOM)),
     Control("W8A8", Arm("QAT", quantize=W8A8 | QAT), Arm("post-training", quantize=W8A8)),
     Control("W4A16", Arm("QAT", quantize=W4A16 | QAT), Arm("post-training", quantize=W4A16)),
     Control("distillation", Arm("on", HALF, finetune=DISTILL), Arm("off", HALF)),
+    Control(
+        "distillation by layers",
+        Arm("layers and answers", HALF, finetune=BY_LAYERS),
+        Arm("answers", HALF, finetune=BY_ANSWERS),
+    ),
 ]
 
 # At learning rate 0 there is nothing but what pruning and rounding do before the first step.
@@ -276,6 +283,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="sst2: folder with train.tsv and dev.tsv")
     parser.add_argument("--model", type=Path, help="sst2: folder of a model; default MiniLM")
     parser.add_argument("--seeds", type=int, help="how many; default 3, with --quick 1")
+    parser.add_argument("--only", default="", help="controls whose name has this text in it")
     arguments = parser.parse_args(words)
     if arguments.task == "sst2" and arguments.data is None:
         parser.error("--task sst2 needs --data FOLDER, with train.tsv and dev.tsv in it")
@@ -290,8 +298,8 @@ def main() -> None:
         read = sst2 if arguments.task == "sst2" else stdlib
         recipe, finetune = read(arguments, Path(folder))
         arms = Arms(Bench(recipe, Path(folder)), finetune)
-        results = [run_unchanged(control, arms, seeds[0]) for control in UNCHANGED]
-        results += [run_control(control, arms, seeds) for control in CONTROLS]
+        results = [run_unchanged(c, arms, seeds[0]) for c in UNCHANGED if arguments.only in c.name]
+        results += [run_control(c, arms, seeds) for c in CONTROLS if arguments.only in c.name]
     Console(width=max(110, Console().width)).print(table(results))
     if arguments.json:
         report = {
