@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from orchestrator.alone import this_host
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
+from orchestrator.checkpoint import Earlier, earlier
 from orchestrator.dense import Dense, make_dense
 from orchestrator.distill import HiddenDistance
 from orchestrator.finetune import (
@@ -32,6 +33,7 @@ from orchestrator.finetune import (
 )
 from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
+from orchestrator.plan import num_steps
 from orchestrator.plugins import find
 from orchestrator.predict import row_lengths
 from orchestrator.problems import raise_if
@@ -40,7 +42,7 @@ from orchestrator.prune.tree import read_signature
 from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session, Target
-from orchestrator.space import trains
+from orchestrator.space import can_go_on, trains
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect
@@ -186,8 +188,10 @@ class Bench:
         teacher: Teacher | None = None,
         hidden: HiddenDistance | None = None,
         on_step: Sequence[OnStep] = (),
+        earlier: Earlier | None = None,
+        on_end: Callable[[torch.optim.Optimizer], None] | None = None,
     ) -> TrainingReport:
-        """Fine-tune in place on this worker's device, within the limit of a dry run.
+        """Fine-tune in place on this worker's device, within the limit of a dry run; see `finetune`.
 
         Steps aside at each optimizer step for whoever measures on this host.
         """
@@ -202,6 +206,8 @@ class Bench:
             teacher=teacher,
             hidden=hidden,
             max_steps=self.steps_limit if trains(options) else 0,
+            earlier=earlier,
+            on_end=on_end,
         )
 
     def training_inputs(self, config: TrialConfig, numerics: Numerics | None) -> dict[str, Any]:
@@ -217,6 +223,27 @@ class Bench:
             "quantize": config.quantize if numerics else None,
             "calibration_batch_size": self.recipe.calibration_batch_size,
         }
+
+    def shorter_training(
+        self, config: TrialConfig, inputs: dict[str, Any], *, version: int
+    ) -> Earlier | None:
+        """The longest of the trainings that differ from this one, of `inputs`, in being shorter.
+
+        None where a schedule hangs on how long the whole is.
+        """
+        if not can_go_on(config):
+            return None
+        wanted = num_steps(
+            config.finetune, len(self.encoded("train", self.base(config.model).tokenizer))
+        )
+        found: list[Earlier] = []
+        for others, their_version in self.stages.each("trained"):
+            if their_version == version and _without_length(others) == _without_length(inputs):
+                folder = self.stages.find("trained", others, version=version)
+                other = folder and earlier(folder)
+                if other and other.step < wanted:
+                    found.append(other)
+        return max(found, key=lambda one: one.step, default=None)
 
     def lesson(self, model: str, options: FinetuneOptions, note: Note = _ignore) -> Lesson:
         """What a trial trains on. A teacher answers once where a row has one answer."""
@@ -331,6 +358,12 @@ class Bench:
             self.runtime.check(self.target)
         except ValueError as error:
             raise BadInput([f"{error}."]) from error
+
+
+def _without_length(inputs: dict[str, Any]) -> str:
+    """What trainings have in common that are one training, stopped at different steps."""
+    lengths = {"max_steps": None, "num_train_epochs": None}
+    return content_hash(inputs | {"finetune": inputs["finetune"] | lengths})
 
 
 def length_problems(task: Task, target: Target, positions: int | None) -> list[str]:

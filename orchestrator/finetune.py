@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from orchestrator.checkpoint import Earlier
     from orchestrator.distill import Teacher
     from orchestrator.predict import Batch
     from orchestrator.tasks import Encoded, Task
@@ -75,10 +76,12 @@ class TrainingReport(Frozen):
     """How training went. `losses` are (step, mean loss since the one before).
 
     `step_seconds` is the median of all steps but the first, which warms up; `position_seconds` the
-    same for each position of a batch. Positions are `tokens` and padding.
+    same for each position of a batch. Positions are `tokens` and padding. Of the `steps`, an
+    earlier training took `steps_before`; seconds, tokens and losses are those of the others.
     """
 
     steps: int
+    steps_before: int = 0
     epochs: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
@@ -102,12 +105,16 @@ def finetune(
     hidden: HiddenDistance | None = None,
     on_log: OnLog | None = None,
     max_steps: int | None = None,
+    earlier: Earlier | None = None,
+    on_end: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> TrainingReport:
     """Train `model` in place and leave it in evaluation mode.
 
     `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
     the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
-    options' own. On a CPU the same seed gives the same weights. Raises `Diverged`.
+    options' own. Steps go on from where `earlier` stands, as if they had been taken here; `on_end`
+    gets the optimizer after the last. On a CPU the same seed gives the same weights. Raises
+    `Diverged`.
     """
     import torch
     from accelerate.utils import set_seed
@@ -120,7 +127,10 @@ def finetune(
     batches_an_epoch = math.ceil(len(lengths) / options.per_device_train_batch_size)
     accumulation = options.gradient_accumulation_steps
     num_steps = count_steps(options, batches_an_epoch / accumulation, max_steps)
-    curve = LossCurve(num_steps, options.logging_steps, on_log, check_each=device.type == "cpu")
+    begin = earlier.step if earlier else 0
+    curve = LossCurve(
+        begin, num_steps, options.logging_steps, on_log, check_each=device.type == "cpu"
+    )
 
     set_seed(seed)
     model.to(device).train()
@@ -136,9 +146,13 @@ def finetune(
         trained, optimizer = accelerator.prepare(model, make_optimizer(model, options))
         teacher = teacher and accelerator.autocast()(teacher)  # as precise as the student
         parameters = [p for p in model.parameters() if p.requires_grad]
-        batches = micro_batches(task, encoded, lengths, options, seed=seed)
+        batches = micro_batches(
+            task, encoded, lengths, options, seed=seed, begin=begin * accumulation
+        )
+        if earlier:
+            earlier.restore(model, optimizer)
         pace = Pace()
-        for step in range(1, num_steps + 1):
+        for step in range(begin + 1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
             for indices, arrays, share in with_shares(itertools.islice(batches, accumulation)):
@@ -161,9 +175,12 @@ def finetune(
             for callback in on_step:
                 callback(step, num_steps)
             pace.end_step()
+        if on_end is not None:
+            on_end(optimizer)
     model.eval()
     return TrainingReport(
         steps=num_steps,
+        steps_before=begin,
         epochs=num_steps * accumulation / batches_an_epoch,
         losses=tuple(curve.points),
         **pace.summary(),
@@ -222,18 +239,34 @@ def set_learning_rate(
 
 
 def micro_batches(
-    task: Task, encoded: Encoded, lengths: np.ndarray, options: FinetuneOptions, *, seed: int
+    task: Task,
+    encoded: Encoded,
+    lengths: np.ndarray,
+    options: FinetuneOptions,
+    *,
+    seed: int,
+    begin: int = 0,
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Row indices and arrays of one batch after the other, epoch after epoch without end."""
+    """Row indices and arrays of one batch after the other, epoch after epoch without end.
+
+    The first `begin` are left out.
+    """
+    every = _batches_without_end(lengths, options, seed=seed)
+    for indices in itertools.islice(every, begin, None):
+        yield indices, task.collate(encoded, indices.tolist())
+
+
+def _batches_without_end(
+    lengths: np.ndarray, options: FinetuneOptions, *, seed: int
+) -> Iterator[np.ndarray]:
     for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
-        for indices in epoch_batches(
+        yield from epoch_batches(
             lengths,
             options.per_device_train_batch_size,
             rng,
             by_length=options.group_by_length,
-        ):
-            yield indices, task.collate(encoded, indices.tolist())
+        )
 
 
 def epoch_batches(
@@ -266,14 +299,20 @@ class LossCurve:
     """Mean losses at logging steps. A device is asked for them only there; a CPU at every step."""
 
     def __init__(
-        self, num_steps: int, logging_steps: int, on_log: OnLog | None, *, check_each: bool
+        self,
+        begin: int,
+        num_steps: int,
+        logging_steps: int,
+        on_log: OnLog | None,
+        *,
+        check_each: bool,
     ) -> None:
         import torch
 
         self.points: list[tuple[int, float]] = []
         self._num_steps, self._logging_steps = num_steps, logging_steps
         self._on_log, self._check_each = on_log, check_each
-        self._since, self._sums = 0, torch.zeros(2)
+        self._since, self._sums = begin, torch.zeros(2)
 
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Raises `Diverged` for a loss or gradient that is not finite."""

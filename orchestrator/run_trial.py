@@ -38,7 +38,7 @@ from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.quantize.convert import convert, prepare
 from orchestrator.quantize.fake import set_enabled
-from orchestrator.space import trains
+from orchestrator.space import can_go_on, trains
 from orchestrator.trial import (
     Diverged,
     Infeasible,
@@ -148,11 +148,15 @@ def _compress(config: TrialConfig, bench: Bench, folder: Path, clock: Clock) -> 
 
 @dataclass(frozen=True)
 class Trained:
-    """A pruned model at the end of its training, its tokenizer, and what its stages report."""
+    """A pruned model at the end of its training, its tokenizer, and what its stages report.
+
+    `gathered` is there where a longer training may go on from it.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     details: dict[str, Any]
+    gathered: checkpoint.Gathered | None = None
 
 
 def _train_once(
@@ -165,14 +169,16 @@ def _train_once(
     ignore = QuantizeOptions(**config.quantize).ignore
     if not trains(FinetuneOptions(**config.finetune)) or bench.steps_limit is not None:
         return _train(config, numerics, bench, clock)
+    inputs = bench.training_inputs(config, numerics)
     done: list[Trained] = []
 
     def build(folder: Path) -> None:
-        done.append(_train(config, numerics, bench, clock))
-        done[0].model.cpu()
-        checkpoint.save(folder, done[0].model, done[0].tokenizer, done[0].details)
+        earlier = bench.shorter_training(config, inputs, version=TRAINED_VERSION)
+        done.append(_train(config, numerics, bench, clock, earlier=earlier))
+        trained = done[0]
+        trained.model.cpu()
+        checkpoint.save(folder, trained.model, trained.tokenizer, trained.details, trained.gathered)
 
-    inputs = bench.training_inputs(config, numerics)
     folder = bench.stages.once("trained", inputs, build, version=TRAINED_VERSION)
     if done:
         return done[0]
@@ -181,7 +187,14 @@ def _train_once(
     return Trained(*checkpoint.load(folder, dense, numerics=numerics, ignore=ignore))
 
 
-def _train(config: TrialConfig, numerics: Numerics | None, bench: Bench, clock: Clock) -> Trained:
+def _train(
+    config: TrialConfig,
+    numerics: Numerics | None,
+    bench: Bench,
+    clock: Clock,
+    *,
+    earlier: checkpoint.Earlier | None = None,
+) -> Trained:
     quantize = QuantizeOptions(**config.quantize)
     options = FinetuneOptions(**config.finetune)
 
@@ -196,7 +209,7 @@ def _train(config: TrialConfig, numerics: Numerics | None, bench: Bench, clock: 
         prepare(model, numerics, ignore=quantize.ignore)
         on_step.append(_switch_on(model, quantize.qat_start))
 
-    training = _finetune(model, pruned, config, bench, on_step, clock)
+    training, gathered = _finetune(model, pruned, config, bench, on_step, earlier, clock)
     for pruning in pruned.prunings:
         pruning.finish()
     set_enabled(model, True)
@@ -205,7 +218,7 @@ def _train(config: TrialConfig, numerics: Numerics | None, bench: Bench, clock: 
         "training": training.model_dump(mode="json"),
         "peak_training_memory_mb": peak_mb(bench.device),
     }
-    return Trained(model, pruned.tokenizer, details)
+    return Trained(model, pruned.tokenizer, details, gathered)
 
 
 @dataclass(frozen=True)
@@ -234,16 +247,18 @@ def _finetune(
     config: TrialConfig,
     bench: Bench,
     on_step: Sequence[OnStep],
+    earlier: checkpoint.Earlier | None,
     clock: Clock,
-) -> TrainingReport:
+) -> tuple[TrainingReport, checkpoint.Gathered | None]:
     options = FinetuneOptions(**config.finetune)
+    gathered: list[checkpoint.Gathered] = []
     lesson = bench.lesson(config.model, options, clock)
     encoded = bench.encoded_lesson(lesson, pruned.tokenizer)
     hidden = None
     if options.distillation and options.distillation.hidden:
         hidden = hidden_distance(lesson, layers_of(model), pruned.layers, encoded)
     clock("finetune")
-    return bench.train(
+    report = bench.train(
         model,
         encoded,
         options,
@@ -251,7 +266,10 @@ def _finetune(
         teacher=lesson.teacher,
         hidden=hidden,
         on_step=on_step,
+        earlier=earlier,
+        on_end=lambda optimizer: gathered.append(checkpoint.gather(optimizer)),
     )
+    return report, gathered[0] if can_go_on(config) else None
 
 
 def _switch_on(model: PreTrainedModel, share: float) -> OnStep:

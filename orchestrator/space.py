@@ -209,6 +209,18 @@ def trains(options: FinetuneOptions) -> bool:
     return bool(options.num_train_epochs if options.max_steps is None else options.max_steps)
 
 
+def can_go_on(config: TrialConfig) -> bool:
+    """Whether no step of its training hangs on how many follow.
+
+    Then a longer training goes on from a shorter one. Otherwise the learning rate, a pruning
+    schedule or the start of QAT would have been another.
+    """
+    finetune = config.finetune
+    steady = finetune["lr_scheduler_type"] == "constant" and not finetune["warmup_ratio"]
+    at_once = all(method.get("schedule", "before") == "before" for method in config.prune)
+    return steady and at_once and not config.quantize["qat_start"]
+
+
 # -- what can be said of a configuration before any work -----------------------------------------
 
 

@@ -68,6 +68,13 @@ class Stages:
         folder = self._folder_of(stage, inputs, version)
         return folder if self._intact(folder) else None
 
+    def each(self, stage: str) -> Iterator[tuple[dict[str, Any], int]]:
+        """Inputs and version of every result of a stage; `find` says whether it is intact."""
+        for path in sorted(self.folder.glob(f"{stage}-*/{SEAL}")):
+            with suppress(OSError, ValueError, KeyError):
+                seal = json.loads(path.read_text())
+                yield seal["inputs"], seal["version"]
+
     def once(
         self, stage: str, inputs: dict[str, Any], build: Callable[[Path], None], *, version: int
     ) -> Path:
@@ -86,7 +93,7 @@ class Stages:
             temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{stage}-"))
             try:
                 build(temporary)
-                self._seal(temporary, stage, inputs)
+                self._seal(temporary, stage, inputs, version)
                 self._place(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -112,8 +119,9 @@ class Stages:
             damaged.rename(aside / "result")
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _seal(self, folder: Path, stage: str, inputs: dict[str, Any]) -> None:
-        seal = {"stage": stage, "inputs": inputs, "sha256": folder_sha256(folder)}
+    def _seal(self, folder: Path, stage: str, inputs: dict[str, Any], version: int) -> None:
+        seal = {"stage": stage, "version": version, "inputs": inputs}
+        seal["sha256"] = folder_sha256(folder)
         (folder / SEAL).write_text(json.dumps(seal, indent=1))
 
     def _intact(self, folder: Path) -> bool:

@@ -36,7 +36,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def run(bench: Bench, **sections: Any) -> tuple[TrialResult, str]:
     """A trial's result, and the SHA-256 of the graph that it serves."""
     finetune = {"learning_rate": 1e-3, "max_steps": 6}
-    config = bench.recipe.trial_config(model="bert", finetune=finetune, **sections)
+    config = bench.recipe.trial_config(model="bert", **({"finetune": finetune} | sections))
     result = run_trial(config, bench, print)
     assert result.status is TrialStatus.COMPLETED, result.message
     return result, verify(bench.folder / "trials" / config.id / "artifact")["sha256"]["model.onnx"]
@@ -78,3 +78,57 @@ def test_a_damaged_checkpoint_is_made_again(bench: Bench) -> None:
     weights.write_bytes(damaged)
     result, again = run(bench, prune=GRADUAL)
     assert "finetune" in result.details["stage_seconds"] and again == sha256
+
+
+STEADY = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+PRUNED = [
+    {"method": "structured", "neurons": 0.5},
+    {"method": "magnitude", "sparsity": 0.3},
+]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"prune": PRUNED, "quantize": {"scheme": "W8A8", "qat": True}},
+        {"finetune": {"distillation": {"alpha": 1.0, "hidden": 1.0}, "dropout": 0.2}},
+        {"finetune": {"gradient_accumulation_steps": 2, "freeze": ["word_embeddings"]}},
+    ],
+    ids=["pruned and rounded", "taught", "accumulated"],
+)
+def test_a_longer_training_goes_on_from_a_shorter_one_as_if_it_had_not_stopped(
+    bench: Bench, sections: dict[str, Any]
+) -> None:
+    def trained(max_steps: int) -> tuple[dict[str, Any], str]:
+        finetune = STEADY | sections.get("finetune", {}) | {"max_steps": max_steps}
+        result, sha256 = run(bench, **(sections | {"finetune": finetune}))
+        return result.details["training"], sha256
+
+    forget(bench)
+    whole, alone = trained(13)
+    assert (whole["steps"], whole["steps_before"]) == (13, 0)
+    forget(bench)
+    trained(3)
+    trained(8)
+    longer, again = trained(13)
+    assert (longer["steps"], longer["steps_before"]) == (13, 8)
+    assert again == alone
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"finetune": {"lr_scheduler_type": "linear"}},
+        {"finetune": {"warmup_ratio": 0.1}},
+        {"prune": GRADUAL},
+        {"quantize": {"scheme": "W8A8", "qat": True, "qat_start": 0.5}},
+    ],
+)
+def test_what_hangs_on_the_length_of_a_training_begins_anew(
+    bench: Bench, sections: dict[str, Any]
+) -> None:
+    forget(bench)
+    for max_steps in (3, 6):
+        finetune = STEADY | sections.get("finetune", {}) | {"max_steps": max_steps}
+        result, _ = run(bench, **(sections | {"finetune": finetune}))
+    assert result.details["training"]["steps_before"] == 0
