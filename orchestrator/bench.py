@@ -33,7 +33,6 @@ from orchestrator.finetune import (
 )
 from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
-from orchestrator.plan import num_steps
 from orchestrator.plugins import find
 from orchestrator.predict import row_lengths
 from orchestrator.problems import raise_if
@@ -42,7 +41,7 @@ from orchestrator.prune.tree import read_signature
 from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session, Target
-from orchestrator.space import can_go_on, trains
+from orchestrator.space import can_go_on, num_steps, trains
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect

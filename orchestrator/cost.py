@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from orchestrator.facts import Json
-from orchestrator.plan import num_steps
 from orchestrator.recipe import Recipe
 from orchestrator.signature import Signature
-from orchestrator.space import planned
+from orchestrator.space import num_steps, planned
 from orchestrator.trial import TrialConfig
 
 FIXED = ("load", "prepare", "augment", "convert", "greedy", "command")

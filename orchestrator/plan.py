@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +14,7 @@ from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers
 from orchestrator.report import wording
 from orchestrator.signature import Signature
-from orchestrator.space import infeasible, predict
+from orchestrator.space import infeasible, num_steps, predict
 from orchestrator.trial import TrialConfig
 
 ASSUMED_MACS_PER_S = 5e10  # what a training step reaches on two cores, until a study measured it
@@ -80,17 +79,6 @@ def training_seconds(
     rows = steps * batch * config.finetune["gradient_accumulation_steps"]
     macs = signature.macs(batch=1, length=max(1, round(model["mean_length"])))
     return float(3 * macs * rows / macs_per_s)
-
-
-def num_steps(finetune: Json, num_train: int) -> int:
-    """Optimizer steps of a fine-tuning section on `num_train` rows."""
-    if finetune["max_steps"] is not None:
-        return int(finetune["max_steps"])
-    if finetune["augmentation"] is not None:
-        num_train *= 1 + finetune["augmentation"]["copies"]
-    batches = math.ceil(num_train / finetune["per_device_train_batch_size"])
-    steps: float = finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
-    return math.ceil(steps)
 
 
 def _row(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -207,6 +208,17 @@ def _without(options: FrozenT, unused: set[str]) -> FrozenT:
 def trains(options: FinetuneOptions) -> bool:
     """Whether the budget is more than nothing."""
     return bool(options.num_train_epochs if options.max_steps is None else options.max_steps)
+
+
+def num_steps(finetune: Mapping[str, Any], num_train: int) -> int:
+    """Optimizer steps of a fine-tuning section on `num_train` rows."""
+    if finetune["max_steps"] is not None:
+        return int(finetune["max_steps"])
+    if finetune["augmentation"] is not None:
+        num_train *= 1 + finetune["augmentation"]["copies"]
+    batches = math.ceil(num_train / finetune["per_device_train_batch_size"])
+    steps: float = finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
+    return math.ceil(steps)
 
 
 def can_go_on(config: TrialConfig) -> bool:
