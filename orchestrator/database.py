@@ -30,8 +30,13 @@ UNUSABLE = {
 }
 
 
+class Unreachable(BadInput):
+    """The server does not answer, or ended the connection; it may be back soon."""
+
+
 class Database(Protocol):
-    """One connection. Raises `BadInput` where the database cannot be used.
+    """One connection. Raises `BadInput` where the database cannot be used, as `Unreachable` where
+    another connection may be had later.
 
     `name` is for messages and holds no password.
     `version` is that of the tables that are there: None for none, 0 for those of something else.
@@ -198,7 +203,9 @@ class Postgres:
             errors.ReadOnlySqlTransaction,
         ) as error:
             told = " ".join(str(error).split())
-            raise BadInput([f"The ledger on {self.name} cannot be used: {told}."]) from error
+            away = isinstance(error, self._psycopg.OperationalError)
+            kind = Unreachable if away else BadInput
+            raise kind([f"The ledger on {self.name} cannot be used: {told}."]) from error
 
 
 def _in_postgres(statement: str) -> bytes:

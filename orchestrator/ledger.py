@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from orchestrator import lease
-from orchestrator.database import VERSION_TABLE, Database, connect
+from orchestrator.database import VERSION_TABLE, Database, Unreachable, connect
 from orchestrator.lease import Held, Lease, LeaseLost
 from orchestrator.trial import BadInput
 
@@ -18,7 +20,10 @@ __all__ = ["Event", "Held", "Kind", "Lease", "LeaseLost", "Ledger"]
 
 Kind = Literal["asked", "started", "stage", "rung", "finished", "measured", "given_up", "lost"]
 
+T = TypeVar("T")
+
 VERSION = 2
+PATIENCE_S, RETRY_S = 120.0, 1.0  # with a server that restarts
 PAGE = 1000  # events read at once
 SCHEMA = (
     lease.TABLE,
@@ -53,13 +58,15 @@ class Event:
 class Ledger:
     """The events of one study, in SQLite in a folder or at a `postgresql://` URL.
 
-    Anyone may read while the driver that has taken the lease writes. Raises `BadInput` where the
-    ledger cannot be used, is damaged, or is of another version.
+    Anyone may read while the driver that has taken the lease writes; a server that restarts
+    meanwhile is waited for. Raises `BadInput` where the ledger cannot be used, is damaged, or is of
+    another version.
     """
 
     def __init__(self, where: Path | str, study: str) -> None:
         self.study = study
         self.lease: int | None = None
+        self._written: int | None = None  # the last event; known once one was written here
         self._where = where
         self._heartbeat: lease.Heartbeat | None = None
         self._database = _open(where, write=False)
@@ -100,39 +107,60 @@ class Ledger:
         A `finished` is refused, with None, where this attempt of the key or a later one has
         finished. Raises `LeaseLost`.
         """
-        database = self._database
-        assert self.lease is not None and database is not None, "take the lease before writing"
-        text = json.dumps(payload)
+        assert self.lease is not None and self._database is not None, "take the lease first"
+        row = (key, attempt, kind, self.lease, json.dumps(payload))
+        before = self._written
+        event_id = self._patiently(lambda database: self._append(database, row, after=before))
+        self._written = event_id or before
+        return event_id
+
+    def _append(self, database: Database, row: tuple[Any, ...], *, after: int | None) -> int | None:
+        """Add a row after the one with id `after`, if it was not added before an answer was lost."""
+        key, attempt, kind, held, _ = row
         with database.transaction():
-            lease.renew(database, self.study, self.lease)
+            lease.renew(database, self.study, held)
+            last = self._last_id(database)
+            if after is not None and last == after + 1:
+                return last
             if kind == "finished" and self._latest(database, key, "finished") >= attempt:
                 return None
-            event_id = self._last_id(database) + 1
             database.change(
                 "INSERT INTO slimtune_events VALUES (?, ?, epoch(), ?, ?, ?, ?, ?)",
-                (self.study, event_id, key, attempt, kind, self.lease, text),
+                (self.study, last + 1, *row),
             )
-        return event_id
+        return last + 1
+
+    def _patiently(self, do: Callable[[Database], T]) -> T:
+        """Ask the database, and again on a new connection as long as its server may come back."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                self._database = self._database or _open(self._where, write=self.lease is not None)
+                assert self._database is not None
+                return do(self._database)
+            except Unreachable:
+                if time.monotonic() >= until:
+                    raise
+                self._close()
+                time.sleep(RETRY_S)
 
     def events(self, kind: Kind | None = None, *, after: int = 0) -> Iterator[Event]:
         """Events after the one with id `after`, in their order, of one kind or of all.
 
         Those that are there when it begins.
         """
-        database = self._readable()
-        if database is None:
+        if self._readable() is None:
             return
-        last = self._last_id(database)
-        while page := self._page(database, kind, after, last):
+        last = self._patiently(self._last_id)
+        while page := self._patiently(partial(self._page, kind=kind, after=after, last=last)):
             yield from page
             after = page[-1].id
 
     def attempts(self, key: str) -> int:
         """The last attempt of a key that was started or has finished; 0 for none."""
-        database = self._readable()
-        if database is None:
+        if self._readable() is None:
             return 0
-        return self._latest(database, key, "started", "finished")
+        return self._patiently(lambda d: self._latest(d, key, "started", "finished"))
 
     def close(self) -> None:
         """Give back the lease and the connection."""
@@ -164,7 +192,7 @@ class Ledger:
         )
         return int(rows[0][0])
 
-    def _page(self, database: Database, kind: Kind | None, after: int, last: int) -> list[Event]:
+    def _page(self, database: Database, *, kind: Kind | None, after: int, last: int) -> list[Event]:
         """The next events, a bounded number."""
         only, kinds = (" AND kind = ?", [kind]) if kind else ("", [])
         rows = database.rows(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from servers import postgresql, postgresql_server  # noqa: F401 (fixtures)
 
 from orchestrator import lease
 from orchestrator import ledger as ledgers
+from orchestrator.database import Unreachable
 from orchestrator.ledger import Held, LeaseLost, Ledger
 from orchestrator.trial import BadInput
 
@@ -421,3 +423,62 @@ def test_a_reader_of_a_database_is_kept_from_writing(postgresql):  # noqa: F811
     with pytest.raises(BadInput, match="read-only"):
         reader._database.change("DELETE FROM slimtune_events")
     writer.close()
+
+
+def test_a_server_that_ends_connections_is_asked_again(postgresql, monkeypatch):  # noqa: F811
+    import psycopg
+
+    monkeypatch.setattr(ledgers, "RETRY_S", 0.05)
+
+    def end_connections() -> None:
+        with psycopg.connect(postgresql, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'slimtune'"
+            )
+
+    ledger = Ledger(postgresql, "study")
+    ledger.take()
+    for number in range(5):
+        assert ledger.append("stage", "a", number=number) == number + 1
+        end_connections()
+        assert ledger.attempts("a") == 0
+        end_connections()
+    assert [event.payload["number"] for event in ledger.events()] == list(range(5))
+    ledger.close()
+
+
+def test_an_event_whose_answer_was_lost_is_there_once(postgresql, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ledgers, "RETRY_S", 0.05)
+    ledger = Ledger(postgresql, "study")
+    ledger.take()
+    ledger.append("asked", "a")
+    database = ledger._database
+    whole = database.transaction
+
+    @contextmanager
+    def answer_lost():
+        with whole():
+            yield
+        raise Unreachable(["gone"])
+
+    monkeypatch.setattr(database, "transaction", answer_lost)
+    assert ledger.append("asked", "b") == 2
+    assert ledger.append("finished", "b", status="completed") == 3
+    assert [event.key for event in ledger.events()] == ["a", "b", "b"]
+    ledger.close()
+
+
+def test_a_server_that_stays_away_is_told(postgresql, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(ledgers, "RETRY_S", 0.05)
+    monkeypatch.setattr(ledgers, "PATIENCE_S", 0.2)
+    ledger = Ledger(postgresql, "study")
+    ledger.take()
+
+    def away(*_, **__):
+        raise Unreachable(["The ledger cannot be used."])
+
+    monkeypatch.setattr(ledgers, "_open", away)
+    monkeypatch.setattr(ledger._database, "transaction", away)
+    with pytest.raises(BadInput, match="cannot be used"):
+        ledger.append("asked", "a")
