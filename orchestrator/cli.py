@@ -134,7 +134,8 @@ def run(
 
     from orchestrator.ledger import Held, LeaseLost
     from orchestrator.report.terminal import Progress, front_table
-    from orchestrator.study import NoBaseline, Study
+    from orchestrator.study import Study
+    from orchestrator.trial import NoBaseline
 
     progress = Progress(loaded.objectives, console=err)
     try:

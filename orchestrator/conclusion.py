@@ -15,7 +15,15 @@ from orchestrator.launch import Lost
 from orchestrator.outcomes import folder_of
 from orchestrator.report import write_report
 from orchestrator.stages import write_atomically
-from orchestrator.trial import Measurement, Reason, Result, TrialResult, TrialStatus, Work
+from orchestrator.trial import (
+    Measurement,
+    NoBaseline,
+    Reason,
+    Result,
+    TrialResult,
+    TrialStatus,
+    Work,
+)
 
 if TYPE_CHECKING:
     from orchestrator.study import Study
@@ -115,8 +123,6 @@ class Conclusion:
         self._keep(scored, "test", measured, sha256=sha256)
 
     def _fail(self, outcome: Outcome, lost: Lost) -> None:
-        from orchestrator.study import NoBaseline
-
         result = TrialResult(
             trial_id=outcome.result.trial_id,
             config=outcome.result.config,

@@ -34,6 +34,7 @@ from orchestrator.stages import write_atomically
 from orchestrator.trial import (
     Kind,
     Measurement,
+    NoBaseline,
     Reason,
     Result,
     TrialConfig,
@@ -79,10 +80,6 @@ class Watch(Protocol):
 
 class Silent(Watch):
     """Nobody looks on."""
-
-
-class NoBaseline(Exception):
-    """The dense model could not be trained, exported or measured: no trial can be judged."""
 
 
 class Study:

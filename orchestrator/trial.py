@@ -31,6 +31,10 @@ class Diverged(Exception):
     """Training produced a loss that is not finite."""
 
 
+class NoBaseline(Exception):
+    """The dense model could not be trained, exported or measured: no trial can be judged."""
+
+
 class Frozen(BaseModel):
     """A value: immutable, compared by content, closed to unknown keys."""
 

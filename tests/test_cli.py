@@ -22,8 +22,16 @@ from orchestrator.artifact import DamagedArtifact
 from orchestrator.launch import Done, Event, Lost
 from orchestrator.launch.inline import Inline
 from orchestrator.recipe import Recipe, make_recipe
-from orchestrator.study import NoBaseline, Silent, Study
-from orchestrator.trial import Measurement, Reason, TrialConfig, TrialResult, TrialStatus, Work
+from orchestrator.study import Silent, Study
+from orchestrator.trial import (
+    Measurement,
+    NoBaseline,
+    Reason,
+    TrialConfig,
+    TrialResult,
+    TrialStatus,
+    Work,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERBS = ("plan", "run", "status", "front", "select", "export", "measure", "report")
