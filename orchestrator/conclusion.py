@@ -69,9 +69,16 @@ class Conclusion:
         return list(unique.values())
 
     def _untimed(self) -> list[Outcome]:
-        """All that is shown, where one of it was not timed beside the others."""
-        shown = [o for o in self._shown() if o.result.trial_id not in self._untimable]
-        return shown if any(not o.is_timed_together for o in shown) else []
+        """All that is shown, where one of it was not timed beside the others.
+
+        Where machines of different kinds have timed trials, no two of those compare: then it is
+        every trial.
+        """
+        completed = [o for o in self.outcomes if o.completed and o.result.artifact is not None]
+        mixed = len({outcome.fingerprint for outcome in completed}) > 1
+        wanted = completed if mixed else self._shown()
+        wanted = [o for o in wanted if o.result.trial_id not in self._untimable]
+        return wanted if mixed or any(not o.is_timed_together for o in wanted) else []
 
     def _untested(self) -> list[Outcome]:
         return [o for o in self._shown() if o.result.test is None]

@@ -32,6 +32,12 @@ class Outcome:
         return self.result.status is TrialStatus.COMPLETED
 
     @property
+    def fingerprint(self) -> str:
+        """Of the machine that it was timed on."""
+        measured = self.result.measurement
+        return measured.fingerprint if measured is not None else ""
+
+    @property
     def is_timed_together(self) -> bool:
         """Whether its latency was taken in one pass with the other points that are shown."""
         return bool(self.result.details.get("timed_together"))
@@ -49,6 +55,7 @@ class Outcome:
                 "metrics": before.metrics | timings.metrics,
                 "intervals": before.intervals | timings.intervals,
                 "notes": (*before.notes, *timings.notes),
+                "fingerprint": timings.fingerprint,
             }
         )
         details = self.result.details | {"timed_together": True}

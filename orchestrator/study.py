@@ -389,10 +389,14 @@ class Study:
         reason = self.recipe.budget.used_up(spent) or self.disk.nearly_full(
             self.outcomes.largest_mb
         )
-        if reason is not None and reason not in self._said:
-            self._said.add(reason)
-            self.watch.note(f"no further trial is begun: {reason}")
+        if reason is not None:
+            self._note_once(f"no further trial is begun: {reason}")
         return reason is not None
+
+    def _note_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.watch.note(text)
 
     # -- recording -------------------------------------------------------------------------------
 
@@ -419,6 +423,11 @@ class Study:
         self._learn(outcome)
         if result.status is not TrialStatus.SKIPPED:
             self.watch.trial_finished(work.key, result)
+        if outcome.completed and outcome.fingerprint != self.facts["fingerprint"]:
+            self._note_once(
+                "machines of different kinds take the latencies of this study: they compare once"
+                " all trials have been timed in one pass, at its end"
+            )
 
     def record_failure(self, outcome: Outcome) -> None:
         """A finished trial turns out to be worth nothing."""

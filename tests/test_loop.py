@@ -387,3 +387,28 @@ def test_who_looks_on_is_told_of_the_baseline_before_what_is_compared_with_it(tm
     study = Study(recipe_of(tmp_path), launcher=Virtual(surrogate, facts=facts), watch=Listener())
     front = study.run()
     assert told[0] == front["baseline"]["trial_id"] and len(told) == 4
+
+
+def test_trials_of_machines_of_different_kinds_compare_once_timed_in_one_pass(tmp_path, facts):
+    passes, notes = [], []
+
+    def on_two_kinds(work: Work) -> tuple[float, Result | Reason]:
+        if work.kind == "timings":
+            passes.append(sorted(work.artifacts))
+            return 1.0, {key: Measurement(metrics={}, fingerprint="one") for key in work.artifacts}
+        seconds, result = surrogate(work)
+        if isinstance(result, TrialResult) and result.measurement is not None:
+            kind = "other" if drawn(result.trial_id, "kind") < 0.5 else facts["fingerprint"]
+            measured = result.measurement.model_copy(update={"fingerprint": kind})
+            result = result.model_copy(update={"measurement": measured, "artifact": "artifact"})
+        return seconds, result
+
+    class Noted(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    launcher = Virtual(on_two_kinds, facts=facts, num_gangs=3)
+    front = Study(recipe_of(tmp_path), launcher=launcher, watch=Noted()).run()
+    completed = [trial for trial in front["all_trials"] if trial["status"] == "completed"]
+    assert [len(keys) for keys in passes] == [len(completed)]
+    assert len([note for note in notes if "different kinds" in note]) == 1
