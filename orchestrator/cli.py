@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -39,10 +43,33 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def main() -> None:
     """Run the command; a user's mistake ends with one message and status 2, never a stack trace."""
-    status = _run_app()
-    if status == INTERRUPTED:
-        err.print("Interrupted. The same command goes on from here.")
+    with _second_interrupt_ends_now():
+        status = _run_app()
+        if status == INTERRUPTED:
+            err.print("Interrupted. The same command goes on from here.")
     sys.exit(status)
+
+
+@contextmanager
+def _second_interrupt_ends_now() -> Iterator[None]:
+    """The first Ctrl-C is a KeyboardInterrupt, as ever; the next one waits for nothing."""
+
+    def end_now(signum: int, frame: FrameType | None) -> None:
+        err.show_cursor()
+        err.print("Ended at once. The same command goes on from here.")
+        os._exit(INTERRUPTED)
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, end_now)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # else somebody wants it otherwise, or ignored
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _run_app() -> int:

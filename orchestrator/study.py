@@ -474,7 +474,8 @@ class Study:
         self.watch.stage(told.work.key, told.stage)
 
     def _tell_start(self, key: str, number: int, text: str) -> None:
-        self.watch.trial_started(key, number, self.num_planned, text)
+        planned = self.num_planned  # a study that was widened may have references of before, too
+        self.watch.trial_started(key, number, planned and max(planned, number), text)
 
     def _words(self, config: TrialConfig, role: str) -> str:
         words = wording.describe(config.model_dump(mode="json"), shown=self._shown)

@@ -574,3 +574,38 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     front = printed_json(done.stdout)
     assert front["trials"]["completed"] == 4 and front["trials"]["reused"] == 2
     assert "[1/" not in done.stderr and "[2/" in done.stderr
+
+
+SLOW_TO_END = """
+import time
+from orchestrator import cli
+
+def slow_to_end():
+    print("works", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        print("ends", flush=True)
+        time.sleep(60)
+
+cli.app = lambda **_: slow_to_end()
+cli.main()
+"""
+
+
+def test_a_second_ctrl_c_waits_for_nothing() -> None:
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW_TO_END],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert running.stdout is not None
+    for told in ("works", "ends"):
+        assert running.stdout.readline().strip() == told
+        running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert err.endswith("Ended at once. The same command goes on from here.\n")
+    assert "Traceback" not in err
