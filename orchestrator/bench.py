@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from orchestrator import token_files
 from orchestrator.alone import this_host
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
@@ -47,6 +48,7 @@ from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect
 from orchestrator.trial import BadInput, Infeasible, TrialConfig, content_hash
 
+TOKENS_VERSION = 1
 MAX_ENCODED = 8  # splits and lessons that are kept as tokens, the last ones used
 Note = Callable[[str], None]
 
@@ -108,8 +110,10 @@ class Bench:
 
     def encoded(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         """A split's tokens; evenly spread ones of its rows where there is a `rows_limit`."""
+        if self.rows_limit is None:
+            return self._mapped(split, self.rows[split], tokenizer)
         whole = self._whole(split, self.rows[split], tokenizer)
-        if self.rows_limit is None or len(whole) <= self.rows_limit:
+        if len(whole) <= self.rows_limit:
             return whole
         kept = spread(len(whole), self.rows_limit)
         return replace(
@@ -121,14 +125,32 @@ class Bench:
 
     def _whole(self, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         """All of `rows`, which are called `name`, as tokens."""
+        encoded = self._encoded.get((name, tokenizer_key(tokenizer)))
+        encoded = encoded or self.task.encode(rows, tokenizer)
+        self._keep(name, tokenizer, encoded)
+        return encoded
+
+    def _mapped(self, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        """The same, from files that the workers of a host share; written by the first of them."""
+        whole = self._encoded.get((name, tokenizer_key(tokenizer)))
+        if whole is not None and isinstance(whole.features, token_files.MappedFeatures):
+            return self._whole(name, rows, tokenizer)
+        inputs = {"data": self.data_key, "rows": name, "tokenizer": tokenizer_key(tokenizer)}
+
+        def build(folder: Path) -> None:
+            token_files.save(self._whole(name, rows, tokenizer), folder)
+
+        mapped = token_files.load(self.stages.once("tokens", inputs, build, version=TOKENS_VERSION))
+        self._keep(name, tokenizer, mapped)
+        return mapped
+
+    def _keep(self, name: str, tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> None:
+        """Among the last ones used."""
         key = (name, tokenizer_key(tokenizer))
-        if key in self._encoded:
-            self._encoded[key] = self._encoded.pop(key)  # the last ones used come last
-        else:
-            self._encoded[key] = self.task.encode(rows, tokenizer)
-            if len(self._encoded) > MAX_ENCODED:
-                del self._encoded[next(iter(self._encoded))]
-        return self._encoded[key]
+        self._encoded.pop(key, None)
+        self._encoded[key] = encoded
+        if len(self._encoded) > MAX_ENCODED:
+            del self._encoded[next(iter(self._encoded))]
 
     # -- models ----------------------------------------------------------------------------------
 
@@ -258,7 +280,9 @@ class Bench:
         """A lesson's rows as tokens of a trial's own tokenizer."""
         if lesson.rows is None:
             return self.encoded("train", tokenizer)
-        return self._whole(lesson.key, lesson.rows, tokenizer)
+        if self.rows_limit is not None:
+            return self._whole(lesson.key, lesson.rows, tokenizer)
+        return self._mapped(lesson.key, lesson.rows, tokenizer)
 
     def prune_context(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PruneContext:
         """What a pruning method may look at: batches of the training split, shuffled by the seed."""

@@ -49,8 +49,12 @@ class Conclusion:
         if self.recipe.keep == "front":
             for outcome in (*dominated, *over):
                 self._drop(outcome)
-            for checkpoint in (self.study.folder / "stages").glob("trained-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
+            for stage in (
+                "trained",
+                "tokens",
+            ):  # they are large, and made again where they are missed
+                for folder in (self.study.folder / "stages").glob(f"{stage}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
         text = self._front_json(front, dominated, over)
         write_atomically(self.study.folder / "front.json", json.dumps(text, indent=1))
         write_report(self.study.folder)
