@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -83,6 +84,12 @@ def _run_app() -> int:
     except BrokenPipeError:  # who reads the output has had enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        what = f"The disk is full: {error.filename or error}; once there is room, the same command goes on."
+        _complain([what])
+        return NO_FRONT
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own complaints about usage have one
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -574,6 +575,18 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path: Path) -> No
     front = printed_json(done.stdout)
     assert front["trials"]["completed"] == 4 and front["trials"]["reused"] == 2
     assert "[1/" not in done.stderr and "[2/" in done.stderr
+
+
+def test_a_full_disk_is_told_in_a_sentence(
+    tmp_path: Path, slimtune: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("orchestrator.study.write_atomically", full)
+    done = slimtune("run", tiny_study.write_recipe(tmp_path, **ALONE))
+    assert done.status == 1
+    assert [p for p in done.problems if "The disk is full" in p and "recipe.yaml" in p]
 
 
 SLOW_TO_END = """
