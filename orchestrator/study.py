@@ -423,7 +423,7 @@ class Study:
         self._learn(outcome)
         if result.status is not TrialStatus.SKIPPED:
             self.watch.trial_finished(work.key, result)
-        if outcome.completed and outcome.fingerprint != self.facts["fingerprint"]:
+        if outcome.fingerprint not in ("", self.facts["fingerprint"]):
             self._note_once(
                 "machines of different kinds take the latencies of this study: they compare once"
                 " all trials have been timed in one pass, at its end"
