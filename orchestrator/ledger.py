@@ -66,7 +66,7 @@ class Ledger:
     def __init__(self, where: Path | str, study: str) -> None:
         self.study = study
         self.lease: int | None = None
-        self._written: int | None = None  # the last event; known once one was written here
+        self._written = 0  # the last event, as the driver that has the lease knows it
         self._where = where
         self._heartbeat: lease.Heartbeat | None = None
         self._database = _open(where, write=False)
@@ -82,6 +82,7 @@ class Ledger:
         self._database = _open(self._where, write=True)
         assert self._database is not None
         self.lease = lease.take(self._database, self.study)
+        self._written = self._last_id(self._database)
         self._heartbeat = lease.Heartbeat(self._where, self.study, self.lease)
         self._heartbeat.start()
         return self.lease
@@ -114,13 +115,13 @@ class Ledger:
         self._written = event_id or before
         return event_id
 
-    def _append(self, database: Database, row: tuple[Any, ...], *, after: int | None) -> int | None:
+    def _append(self, database: Database, row: tuple[Any, ...], *, after: int) -> int | None:
         """Add a row after the one with id `after`, if it was not added before an answer was lost."""
         key, attempt, kind, held, _ = row
         with database.transaction():
             lease.renew(database, self.study, held)
             last = self._last_id(database)
-            if after is not None and last == after + 1:
+            if last == after + 1:
                 return last
             if kind == "finished" and self._latest(database, key, "finished") >= attempt:
                 return None

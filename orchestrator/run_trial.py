@@ -252,6 +252,10 @@ def _finetune(
 ) -> tuple[TrainingReport, checkpoint.Gathered | None]:
     options = FinetuneOptions(**config.finetune)
     gathered: list[checkpoint.Gathered] = []
+
+    def gather(optimizer: torch.optim.Optimizer) -> None:
+        gathered.append(checkpoint.gather(optimizer))
+
     lesson = bench.lesson(config.model, options, clock)
     encoded = bench.encoded_lesson(lesson, pruned.tokenizer)
     hidden = None
@@ -267,9 +271,9 @@ def _finetune(
         hidden=hidden,
         on_step=on_step,
         earlier=earlier,
-        on_end=lambda optimizer: gathered.append(checkpoint.gather(optimizer)),
+        on_end=gather if can_go_on(config) else None,
     )
-    return report, gathered[0] if can_go_on(config) else None
+    return report, gathered[0] if gathered else None
 
 
 def _switch_on(model: PreTrainedModel, share: float) -> OnStep:
