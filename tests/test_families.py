@@ -94,7 +94,9 @@ def test_a_family_is_compressed_and_served(runtime: str, family: str, tmp_path: 
         assert done.status is TrialStatus.COMPLETED, done.message
         assert done.measurement is not None and done.measurement.fingerprint
         difference = done.details["served_difference"]
-        assert difference["max_difference"] < 0.05 * difference["logits_std"]
+        # A float's last bit may turn a rounding over, in few of so small a model's inputs; numerics
+        # that differ would show in each.
+        assert difference["median_difference"] < 1e-3 * difference["logits_std"]
         if family in DECODERS:
             assert done.details["greedy_tokens_equal"] == 64
     metrics, dense = result.measurement.metrics, baseline.measurement.metrics

@@ -22,9 +22,9 @@ from orchestrator.measure.command import run_command
 from orchestrator.measure.memory import example_inputs, peak_memory_mb
 from orchestrator.measure.quality import (
     inputs_of,
-    largest_difference,
     num_equal_tokens,
     served_batches,
+    served_difference,
     served_records,
 )
 from orchestrator.measure.served import Served, _rows_over_lengths
@@ -281,7 +281,7 @@ def test_rows_are_asked_in_their_order_at_the_targets_batch_and_padding(length: 
     ] == 3 * [1]
 
 
-def test_the_largest_difference_leaves_out_what_nobody_asks() -> None:
+def test_the_served_difference_leaves_out_what_nobody_asks() -> None:
     batch = {"input_ids": np.ones((1, 3), np.int64), "labels": np.array([[4, 5, -100]])}
     trained = np.zeros((1, 3, 2), np.float32)
     trained[0, 0, 0] = 1.0
@@ -289,10 +289,20 @@ def test_the_largest_difference_leaves_out_what_nobody_asks() -> None:
     served[0, 1, 1] += 0.25
     served[0, 2] += 100.0
     session: Any = SimpleNamespace(run=lambda inputs: served)
-    found = largest_difference(lambda batch: trained, session, [batch])
+    found = served_difference(lambda batch: trained, session, [batch])
     assert found["max_difference"] == 0.25 and found["num_inputs"] == 1
     assert found["logits_std"] == pytest.approx(trained[0, :2].std())
     assert "labels" not in inputs_of(batch)
+
+
+def test_one_rounding_that_fell_the_other_way_moves_the_largest_difference_alone() -> None:
+    batches = [{"input_ids": np.full((1, 3), row)} for row in range(5)]
+    session: Any = SimpleNamespace(
+        run=lambda inputs: np.full((1, 2), 1.0 if inputs["input_ids"][0, 0] == 3 else 1e-6)
+    )
+    found = served_difference(lambda batch: np.zeros((1, 2)), session, batches)
+    assert found["max_difference"] == 1.0
+    assert found["median_difference"] == pytest.approx(1e-6)
 
 
 def test_greedy_tokens_are_counted_up_to_the_first_that_differs() -> None:

@@ -19,9 +19,9 @@ from orchestrator.measure.latency import Round, compare_all, decoder_round, enco
 from orchestrator.measure.memory import peak_memory_mb
 from orchestrator.measure.quality import (
     inputs_of,
-    largest_difference,
     num_equal_tokens,
     served_batches,
+    served_difference,
     served_records,
 )
 from orchestrator.measure.shape import shape_metrics
@@ -192,7 +192,7 @@ def compare_with_trained(
         rows=bench.recipe.measure.num_check_inputs,
     )
     inputs = [batch for _, batch in batches]
-    difference = largest_difference(_answers(served, trained), served.session, inputs)
+    difference = served_difference(_answers(served, trained), served.session, inputs)
     details: dict[str, Any] = {"served_difference": difference}
     if bench.task.kind == "decoder":
         stage("greedy")
