@@ -42,6 +42,7 @@ from orchestrator.prune.tree import read_signature
 from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session, Target
+from orchestrator.score_files import Scores, shared_scores
 from orchestrator.space import can_go_on, num_steps, trains
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split, Task
@@ -285,7 +286,10 @@ class Bench:
         return self._mapped(lesson.key, lesson.rows, tokenizer)
 
     def prune_context(self, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PruneContext:
-        """What a pruning method may look at: batches of the training split, shuffled by the seed."""
+        """What a pruning method may look at: batches of the training split, shuffled by the seed.
+
+        What it finds of weights is kept for trials that come to the same ones.
+        """
 
         def batches(count: int) -> Iterator[dict[str, torch.Tensor]]:
             train = self.encoded("train", context.tokenizer)
@@ -300,12 +304,25 @@ class Bench:
         def loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             return self.task.loss(self.task.logits(model, batch), batch)
 
+        def once(
+            model: PreTrainedModel, inputs: dict[str, Any], compute: Callable[[], Scores]
+        ) -> Scores:
+            looked_at = {
+                "data": self.data_key,
+                "tokenizer": tokenizer_key(context.tokenizer),
+                "batch_size": self.recipe.calibration_batch_size,
+                "rows_limit": self.rows_limit,
+                "seed": seed,
+            }
+            return shared_scores(model, inputs | looked_at, compute, stages=self.stages)
+
         context = PruneContext(
             tokenizer=tokenizer,
             texts=self.training_texts,
             batches=batches,
             loss=loss,
             seed=seed,
+            once=once,
         )
         return context
 

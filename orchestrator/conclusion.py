@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from orchestrator.study import Study
 
 
+LARGE_STAGES = ("trained", "importance", "tokens")  # made again where they are missed
+
+
 class Conclusion:
     """What is done once no trial is left to run."""
 
@@ -49,10 +52,7 @@ class Conclusion:
         if self.recipe.keep == "front":
             for outcome in (*dominated, *over):
                 self._drop(outcome)
-            for stage in (
-                "trained",
-                "tokens",
-            ):  # they are large, and made again where they are missed
+            for stage in LARGE_STAGES:
                 for folder in (self.study.folder / "stages").glob(f"{stage}-*"):
                     shutil.rmtree(folder, ignore_errors=True)
         text = self._front_json(front, dominated, over)

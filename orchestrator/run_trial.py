@@ -33,7 +33,7 @@ from orchestrator.measure.served import (
     measure_test_split,
 )
 from orchestrator.model_card import write_card
-from orchestrator.prune import Pruning, load_methods
+from orchestrator.prune import Pruning, compute_anew, load_methods
 from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.quantize.convert import convert, prepare
@@ -237,6 +237,7 @@ def _prune(model: PreTrainedModel, config: TrialConfig, bench: Bench) -> Pruned:
     for method in load_methods(config.prune):
         prunings.append(method.start(model, context))
         context.tokenizer = prunings[-1].tokenizer or context.tokenizer
+    context.once = compute_anew  # from now on the weights are this trial's own
     left = [dense_layers.index(layer) for layer in layers_of(model)]
     return Pruned(prunings, context.tokenizer, left)
 

@@ -15,6 +15,7 @@ from orchestrator import bench as benches
 from orchestrator.bench import MAX_ENCODED, Bench
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.predict import predict
+from orchestrator.prune import importance
 from orchestrator.prune.tokens import rebuild_tokenizer
 from orchestrator.recipe import make_recipe
 from orchestrator.run_trial import _prune, run_baseline
@@ -291,3 +292,56 @@ def test_a_decoder_is_not_asked_beyond_its_positions(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         Bench(make_recipe(sections), tmp_path / "study", device="cpu").facts()
     assert len(caught.value.problems) == 2 and "48 positions" in caught.value.problems[0]
+
+
+# -- importance ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taylor_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each pass over training batches judged."""
+    passes: list[int] = []
+    found = importance._taylor
+
+    def counted(model: Any, names: Any, **options: Any) -> Any:
+        passes.append(len(names))
+        return found(model, names, **options)
+
+    monkeypatch.setattr(importance, "_taylor", counted)
+    return passes
+
+
+def prune_with(bench: Bench, seed: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+    method = {"method": "structured", "num_batches": 2, **options}
+    model = bench.dense_model("bert", trained_on=True)
+    _prune(model, bench.recipe.trial_config(model="bert", prune=[method], seed=seed), bench)
+    return dict(model.state_dict())
+
+
+def test_trials_that_judge_the_same_weights_share_what_was_found(
+    tmp_path: Path, taylor_passes: list[int]
+) -> None:
+    benches_of_two_workers = [make_bench(tmp_path, **trained([GOOD_RATE])) for _ in range(2)]
+    first, second = benches_of_two_workers
+    alone = prune_with(first, heads=0.5)
+    assert len(taylor_passes) == 1
+    again = prune_with(second, heads=0.5)
+    prune_with(second, heads=0.25)
+    assert len(taylor_passes) == 1
+    assert all(torch.equal(alone[name], again[name]) for name in alone)
+    prune_with(second, heads=0.5, seed=1)
+    prune_with(second, heads=0.5, num_batches=1)
+    prune_with(second, heads=0.5, neurons=0.5)
+    assert len(taylor_passes) == 4
+
+
+def test_what_is_found_of_weights_that_a_trial_has_trained_is_not_kept(
+    bench: Bench, taylor_passes: list[int]
+) -> None:
+    gradual = {"method": "structured", "heads": 0.5, "schedule": "gradual", "num_batches": 1}
+    config = bench.recipe.trial_config(model="bert", prune=[gradual], finetune={"max_steps": 2})
+    for num_passes in (1, 2):
+        pruned = _prune(bench.dense_model("bert", trained_on=True), config, bench)
+        pruned.prunings[0].on_step(2, 2)
+        assert len(taylor_passes) == num_passes
+    assert not list(bench.stages.folder.glob("importance-*"))

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Batch = dict[str, torch.Tensor]
+    Scores = dict[str, torch.Tensor]
+    Once = Callable[[PreTrainedModel, dict[str, Any], Callable[[], Scores]], Scores]
+
+
+def compute_anew(
+    model: PreTrainedModel, inputs: dict[str, Any], compute: Callable[[], Scores]
+) -> Scores:
+    """Share nothing, as for weights that no other trial will have."""
+    return compute()
 
 
 @dataclass(kw_only=True)
@@ -33,6 +42,8 @@ class PruneContext:
     `texts` yields raw training texts, `batches(n)` yields n encoded training batches on the
     model's device, `loss(model, batch)` is the task's mean loss. All methods of a trial share one
     context, whose `tokenizer`, of which batches are made, is always the last one that was rebuilt.
+    `once(model, inputs, compute)` gives what `compute` finds by the name of a weight, which trials
+    that look at the same weights with the same `inputs` share.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -40,6 +51,7 @@ class PruneContext:
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[PreTrainedModel, Batch], torch.Tensor]
     seed: int
+    once: Once = compute_anew
 
 
 class Pruning(Protocol):

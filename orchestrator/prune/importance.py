@@ -26,7 +26,10 @@ def element_scores(
     if not names:
         return {}
     if importance == "taylor":
-        return _taylor(model, names, context=context, num_batches=num_batches)
+        inputs = {"importance": importance, "weights": list(names), "num_batches": num_batches}
+        return context.once(
+            model, inputs, lambda: _taylor(model, names, context=context, num_batches=num_batches)
+        )
     if importance == "random":
         return _random(model, names, seed=context.seed)
     return {name: model.get_parameter(name).detach().float().abs() for name in names}
