@@ -61,7 +61,8 @@ def _ignore(text: str) -> None:
 class Bench:
     """The shared things of one study on one worker.
 
-    `rows_limit` and `steps_limit` cut every split and every training, for a dry run.
+    `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
+    the fingerprint of the machines on which speed counts, "" where any will do.
     """
 
     def __init__(
@@ -80,11 +81,17 @@ class Bench:
         self.stages = Stages(folder / "stages", while_waiting=this_host().give_way)
         self.rows_limit, self.steps_limit = rows_limit, steps_limit
         self.num_threads = torch.get_num_threads()
+        self.timed_on = ""
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}
         self._lessons: dict[str, Lesson] = {}
         self._sessions: dict[str, Session] = {}
+
+    @property
+    def is_timed_here(self) -> bool:
+        """Whether speed and memory taken on this machine count."""
+        return self.timed_on in ("", fingerprint())
 
     # -- data ------------------------------------------------------------------------------------
 

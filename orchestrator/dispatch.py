@@ -26,25 +26,36 @@ class Running:
 
 
 class Dispatch:
-    """Hands works to a launcher and hears of them. `device_s` is what lost works have taken."""
+    """Hands works to a launcher and hears of them. `device_s` is what lost works have taken.
+
+    `timed_on` is asked, as a work starts, for the kind of machine whose speed counts.
+    """
 
     def __init__(
-        self, launcher: Launcher, ledger: Ledger, *, max_attempts: int, devices: int = 1
+        self,
+        launcher: Launcher,
+        ledger: Ledger,
+        *,
+        max_attempts: int,
+        timed_on: Callable[[], str],
+        devices: int = 1,
     ) -> None:
         self.launcher, self.ledger = launcher, ledger
-        self.max_attempts, self.devices = max_attempts, devices
+        self.max_attempts, self.devices, self.timed_on = max_attempts, devices, timed_on
         self.running: dict[tuple[str, str], Running] = {}
         self.device_s = 0.0
         self.on_lost: Callable[[Work, Lost], None] = lambda work, lost: None
 
-    def run(self, next_work: Next, ended: Ended) -> None:
+    def run(self, next_work: Next, ended: Ended, *, at_once: Next = lambda: None) -> None:
         """Until `next_work` has none and nothing runs.
 
-        It is asked whenever there is room; `ended` hears of each work once, of a lost one when no
-        attempt is left.
+        It is asked whenever there is room, `at_once` without regard to that; `ended` hears of each
+        work once, of a lost one when no attempt is left.
         """
         again: deque[Work] = deque()
         while True:
+            while (work := at_once()) is not None:
+                self._start(work)
             while self.launcher.free() > 0:
                 work = again.popleft() if again else next_work()
                 if work is None:
@@ -66,6 +77,7 @@ class Dispatch:
     def _start(self, work: Work) -> None:
         if work.kind in ("baseline", "trial"):  # the others end as measurements
             self.ledger.append("started", work.key, attempt=work.attempt)
+        work = replace(work, timed_on=self.timed_on())
         self.running[work.kind, work.key] = Running(work, self.launcher.now())
         self.launcher.start(work)
 

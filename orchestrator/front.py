@@ -38,6 +38,11 @@ class Outcome:
         return measured.fingerprint if measured is not None else ""
 
     @property
+    def is_timed(self) -> bool:
+        """Whether nothing of a completed trial is yet to be measured."""
+        return self.result.measurement is None or self.result.measurement.is_timed
+
+    @property
     def is_timed_together(self) -> bool:
         """Whether its latency was taken in one pass with the other points that are shown."""
         return bool(self.result.details.get("timed_together"))
@@ -48,20 +53,15 @@ class Outcome:
 
     def timed_together(self, timings: Measurement) -> Outcome:
         """The same trial with latencies from one pass with the other points that are shown."""
+        after = self.joined(timings)
+        details = after.result.details | {"timed_together": True}
+        return after.replaced(after.result.model_copy(update={"details": details}))
+
+    def joined(self, later: Measurement) -> Outcome:
+        """The same trial with what was measured of its artifact later."""
         before = self.result.measurement
         assert before is not None
-        after = before.model_copy(
-            update={
-                "metrics": before.metrics | timings.metrics,
-                "intervals": before.intervals | timings.intervals,
-                "notes": (*before.notes, *timings.notes),
-                "fingerprint": timings.fingerprint,
-            }
-        )
-        details = self.result.details | {"timed_together": True}
-        return self.replaced(
-            self.result.model_copy(update={"measurement": after, "details": details})
-        )
+        return self.replaced(self.result.model_copy(update={"measurement": before.joined(later)}))
 
 
 def split_outcomes(

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 
 from orchestrator.alone import this_host
 from orchestrator.bench import Bench
-from orchestrator.measure.again import time_together
+from orchestrator.measure.again import speeds, time_together
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import measure_test, run_baseline, run_trial
@@ -46,10 +46,13 @@ def perform(work: Work, bench: Bench, note: Note) -> Result:
 
 
 def _perform(work: Work, bench: Bench, note: Note) -> Result:
+    bench.timed_on = work.timed_on
     if work.kind == "baseline":
         return run_baseline(work.model, bench, note)
+    artifacts = {key: bench.folder / folder for key, folder in work.artifacts.items()}
+    if work.kind == "speed":
+        return speeds(artifacts, bench, note)
     if work.kind == "timings":
-        artifacts = {key: bench.folder / folder for key, folder in work.artifacts.items()}
         return time_together(artifacts, bench)
     assert work.config is not None
     if work.kind == "trial":

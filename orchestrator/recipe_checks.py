@@ -138,6 +138,7 @@ def problems_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterat
             yield (key,), "is missing."
     yield from same_ids(values["model"])
     yield from target_problems(written.get("target"), consent=consent)
+    yield from host_problems(written)
     yield from metric_problems(written, values)
     if isinstance(values["space"], Space):
         yield from below("space", space_problems(values["space"], consent=consent))
@@ -180,6 +181,16 @@ def metric_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> It
     for place, name in asked:
         if name not in given:
             yield place, f"names no metric that {whose} gives, got `{name}`{nearest(name, given)}"
+
+
+def host_problems(written: Mapping[str, Any]) -> Iterator[Problem]:
+    target, resources = written.get("target"), written.get("resources")
+    engine = resources.get("engine") if isinstance(resources, dict) else None
+    if engine == "inline" and isinstance(target, dict) and target.get("host"):
+        yield (
+            ("target", "host"),
+            "needs `resources.engine: ray`, which knows nodes by their labels.",
+        )
 
 
 def target_problems(written: Any, *, consent: bool) -> Iterator[Problem]:

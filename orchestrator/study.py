@@ -19,7 +19,7 @@ from orchestrator import pareto
 from orchestrator.budget import Past, Spent
 from orchestrator.conclusion import Conclusion
 from orchestrator.disk import Disk
-from orchestrator.dispatch import Dispatch
+from orchestrator.dispatch import Dispatch, Ended, Next
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher, Lost, Told, make_launcher
 from orchestrator.ledger import Event, Ledger
@@ -42,6 +42,7 @@ from orchestrator.trial import (
     TrialStatus,
     Work,
 )
+from orchestrator.untimed import Untimed
 
 RESULT = "measurement.json"
 TRIED_AGAIN = {Reason.OOM, Reason.TIMEOUT, Reason.ERROR}  # the others would end the same way
@@ -109,6 +110,7 @@ class Study:
         self._asked: dict[str, TrialConfig] = {}
         self._pending: deque[Planned] = deque()
         self._roles: dict[str, str] = {}
+        self.untimed = Untimed(self)
         self._said: set[str] = set()
 
     # -- the sentence ----------------------------------------------------------------------------
@@ -159,6 +161,7 @@ class Study:
             self.ledger,
             max_attempts=self.recipe.resources.max_attempts,
             devices=max(1, self.recipe.resources.gpus_per_trial or 1),
+            timed_on=self.untimed.timed_on,
         )
         self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
 
@@ -252,7 +255,7 @@ class Study:
         role = event.payload["role"]
         outcome = Outcome(result, self.folder_of(result, role), role=role, reused=True)
         self.outcomes.add(outcome)
-        self._learn(outcome)
+        self.learn(outcome)
 
     def _recall_measured(self, event: Event) -> None:
         outcome = self.outcomes.get(event.key)
@@ -263,6 +266,8 @@ class Study:
         if kind == "test":
             update = {"test": measured, "sha256": event.payload["sha256"]}
             self.outcomes.add(outcome.replaced(outcome.result.model_copy(update=update)))
+        elif kind == "speed":
+            self.untimed.learn(outcome.joined(measured))
         else:
             self.outcomes.add(outcome.timed_together(measured))
 
@@ -293,7 +298,7 @@ class Study:
             self._tell_start(work.key, 0, f"dense baseline {work.model}")
             return work
 
-        self.dispatch.run(next_work, self._baseline_ended)
+        self._run(next_work, self._baseline_ended)
 
     def _baseline_ended(self, work: Work, result: Result | Lost) -> None:
         if isinstance(result, Lost):
@@ -306,7 +311,7 @@ class Study:
     def _run_trials(self) -> None:
         """References, what earlier runs have left, and whatever the search asks for."""
         self._pending.extendleft(reversed(list(self._references())))
-        self.dispatch.run(self._next_trial, self._trial_ended)
+        self._run(self._next_trial, self._trial_ended)
 
     def _references(self) -> Iterator[Planned]:
         """The references that are known before the search."""
@@ -321,7 +326,7 @@ class Study:
         front, dominated, _ = self.outcomes.split()
         trials = [o.result.config for o in (*front, *dominated) if o.role == "trial"]
         self._pending.extend(("random twin", config) for config in random_twin(trials))
-        self.dispatch.run(lambda: self._next_pending(), self._trial_ended)
+        self._run(self._next_pending, self._trial_ended)
 
     def _next_trial(self) -> Work | None:
         """The next trial that has to run: one that waits, else one that the search asks for."""
@@ -379,6 +384,14 @@ class Study:
         assert isinstance(result, TrialResult)
         self._record(work, result, role=self._roles[work.key])
 
+    def _run(self, next_work: Next, ended: Ended) -> None:
+        """Works to their end; what was trained on machines of another kind is timed meanwhile."""
+
+        def heard(work: Work, result: Result | Lost) -> None:
+            (self.untimed.ended if work.kind == "speed" else ended)(work, result)
+
+        self.dispatch.run(next_work, heard, at_once=self.untimed.next_work)
+
     def _is_over(self) -> bool:
         """Whether the budget, or the disk, allows no further trial; said once."""
         self.spent.wall_s += self.launcher.now() - self._began
@@ -390,10 +403,10 @@ class Study:
             self.outcomes.largest_mb
         )
         if reason is not None:
-            self._note_once(f"no further trial is begun: {reason}")
+            self.note_once(f"no further trial is begun: {reason}")
         return reason is not None
 
-    def _note_once(self, text: str) -> None:
+    def note_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             self.watch.note(text)
@@ -420,11 +433,11 @@ class Study:
             hypervolume=self.outcomes.hypervolume,
         )
         self.write(outcome)
-        self._learn(outcome)
+        self.learn(outcome)
         if result.status is not TrialStatus.SKIPPED:
             self.watch.trial_finished(work.key, result)
         if outcome.fingerprint not in ("", self.facts["fingerprint"]):
-            self._note_once(
+            self.note_once(
                 "machines of different kinds take the latencies of this study: they compare once"
                 " all trials have been timed in one pass, at its end"
             )
@@ -436,10 +449,13 @@ class Study:
         work = self._work("baseline" if role == "baseline" else "trial", key, config=result.config)
         self._record(work, result.model_copy(update={"device_seconds": 0.0}), role=role)
 
-    def _learn(self, outcome: Outcome) -> None:
-        """What the search is told of a result; asked again, it is known under the same role."""
+    def learn(self, outcome: Outcome) -> None:
+        """What the search is told of a result, once it is timed; asked again, it is known under the
+        same role."""
         self._roles[outcome.result.trial_id] = outcome.role
-        if outcome.result.trial_id in self._asked:
+        if not outcome.is_timed:
+            self.untimed.add(outcome)
+        elif outcome.result.trial_id in self._asked:
             self._tell(outcome)
 
     def _count_ask(self, ask: Ask) -> None:
@@ -447,7 +463,7 @@ class Study:
         self.spent.num_trials += 1
         self._asked[ask.config.id] = ask.config
         known = self.outcomes.get(ask.config.id)
-        if known is not None:
+        if known is not None and known.is_timed:
             self._tell(known)
 
     def _tell(self, outcome: Outcome) -> None:

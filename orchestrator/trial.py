@@ -92,7 +92,8 @@ class Measurement(Frozen):
     """All numbers of one artifact on one split, taken from the artifact in its runtime.
 
     `intervals` holds 95 % intervals by metric name. `notes` says what a reader must know to
-    trust a number, for instance that a latency did not settle before its cap.
+    trust a number, for instance that a latency did not settle before its cap. `is_timed` is False
+    where speed and memory are yet to be taken, on a machine of the target's kind.
     """
 
     metrics: dict[str, float]
@@ -100,6 +101,20 @@ class Measurement(Frozen):
     num_examples: int = 0
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    is_timed: bool = True
+
+    def joined(self, later: Measurement) -> Measurement:
+        """The same artifact with what was measured later, which replaces what has the same name."""
+        intervals = {n: pair for n, pair in self.intervals.items() if n not in later.metrics}
+        return self.model_copy(
+            update={
+                "metrics": self.metrics | later.metrics,
+                "intervals": intervals | later.intervals,
+                "fingerprint": later.fingerprint,
+                "notes": (*self.notes, *later.notes),
+                "is_timed": self.is_timed or later.is_timed,
+            }
+        )
 
 
 class TrialResult(Frozen):
@@ -123,7 +138,7 @@ class TrialResult(Frozen):
     details: dict[str, Any] = Field(default_factory=dict)
 
 
-Kind = Literal["baseline", "trial", "test", "timings"]
+Kind = Literal["baseline", "trial", "test", "speed", "timings"]
 
 
 @dataclass(frozen=True)
@@ -131,10 +146,11 @@ class Work:
     """One thing for one gang to do, once.
 
     `baseline` trains, exports and measures the dense model of `model`; `trial` does so with
-    `config`; `test` scores the artifact of `config` in `folder` on the test split; `timings` takes
-    the latencies of `artifacts` (key → artifact folder) in one interleaved pass. `folder` and
-    artifacts are relative to the study's folder. `key` is what the ledger calls it: a trial's id,
-    `baseline:<model>` for a dense model.
+    `config`; `test` scores the artifact of `config` in `folder` on the test split; `speed` takes
+    speed and memory of `artifacts` (key → artifact folder) that were trained elsewhere; `timings`
+    takes their latencies in one interleaved pass. `folder` and artifacts are relative to the
+    study's folder. `key` is what the ledger calls it: a trial's id, `baseline:<model>` for a dense
+    model. `timed_on` is the fingerprint of the machines on which speed counts; "" takes any.
     """
 
     kind: Kind
@@ -144,7 +160,8 @@ class Work:
     config: TrialConfig | None = None
     folder: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    timed_on: str = ""
 
 
 Result = TrialResult | tuple[Measurement, str] | dict[str, Measurement]
-"""Of a baseline or trial; of a test, with the artifact's new hash; of timings, by key."""
+"""Of a baseline or trial; of a test, with the artifact's new hash; of speed and timings, by key."""

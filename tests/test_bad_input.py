@@ -323,6 +323,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 NO_GPU = {
+    "a target host where nodes have no labels": (
+        ["target.host={role: serves}"],
+        ["target.host needs `resources.engine: ray`"],
+    ),
     "a target without its GPU": (["target.device=cuda"], ["target.device is cuda, but"]),
     "training without a GPU": (["--device", "cuda"], ["torch cannot use cuda here"]),
 }

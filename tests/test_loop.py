@@ -412,3 +412,103 @@ def test_trials_of_machines_of_different_kinds_compare_once_timed_in_one_pass(tm
     completed = [trial for trial in front["all_trials"] if trial["status"] == "completed"]
     assert [len(keys) for keys in passes] == [len(completed)]
     assert len([note for note in notes if "different kinds" in note]) == 1
+
+
+# -- trials that are timed elsewhere -------------------------------------------------------------
+
+
+class Elsewhere:
+    """A surrogate whose trials, those of `share`, are trained on machines of another kind."""
+
+    def __init__(self, *, share: float = 0.5, lost: str = "") -> None:
+        self.share, self.lost = share, lost
+        self.timed: list[list[str]] = []
+        self.machines: set[tuple[str, str]] = set()
+
+    def __call__(self, work: Work) -> tuple[float, Result | Reason]:
+        self.machines.add((work.kind, work.timed_on))
+        if work.kind == "speed":
+            self.timed.append(list(work.artifacts))
+            if self.lost in work.artifacts:
+                return 5.0, Reason.ERROR
+            return 25.0, {key: self.speed(key, work.timed_on) for key in work.artifacts}
+        if work.kind == "timings":
+            return 1.0, {
+                key: Measurement(metrics={}, fingerprint=work.timed_on) for key in work.artifacts
+            }
+        seconds, result = surrogate(work)
+        if isinstance(result, TrialResult) and result.measurement is not None:
+            whole, here = result.measurement, drawn(result.trial_id, "kind") >= self.share
+            costs = {n: v for n, v in whole.metrics.items() if here or n != "latency_ms"}
+            kind = work.timed_on if here else ""
+            update = {"metrics": costs, "is_timed": here, "fingerprint": kind}
+            update = {"measurement": whole.model_copy(update=update), "artifact": "artifact"}
+            result = result.model_copy(update=update)
+        return seconds, result
+
+    def speed(self, key: str, kind: str) -> Measurement:
+        return Measurement(metrics={"latency_ms": 1 + drawn(key, "speed")}, fingerprint=kind)
+
+
+def test_trials_of_other_machines_are_timed_on_the_target_s_and_then_told(tmp_path, facts):
+    elsewhere = Elsewhere()
+    front = run(tmp_path, facts, surrogate=elsewhere, num_gangs=6)
+    rows = [row for row in front["all_trials"] if row["status"] == "completed"]
+    assert len(rows) > 10 and all("latency_ms" in row["metrics"] for row in rows)
+    timed = [key for keys in elsewhere.timed for key in keys]
+    assert len(timed) == len(set(timed)) > 5
+    assert max(map(len, elsewhere.timed)) > 1  # those that come meanwhile are taken together
+    assert {kind for _, kind in elsewhere.machines} == {facts["fingerprint"]}
+    trained = {key for key in timed if drawn(key, "kind") < elsewhere.share}
+    assert trained == set(timed)
+
+
+@pytest.mark.parametrize("name", ["grid", "tpe"])
+def test_a_killed_study_times_what_was_left_and_nothing_twice(name, tmp_path, facts):
+    search = {"search": {"name": name} if name == "grid" else {"name": name, "num_trials": 12}}
+    whole, killed = Elsewhere(), Elsewhere()
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    run(tmp_path / "whole", facts, surrogate=whole, num_gangs=1, **search)
+    for after in (2, 3, 4, 2):
+        launcher = Virtual(killed, facts=facts, num_gangs=1)
+        stop_after(Study(recipe_of(tmp_path / "killed", **search), launcher=launcher), after)
+    run(tmp_path / "killed", facts, surrogate=killed, num_gangs=1, **search)
+    for what in (asked, finished):
+        assert what(tmp_path / "killed") == what(tmp_path / "whole")
+    measured = Counter(
+        event.key
+        for event in events(tmp_path / "killed")
+        if event.kind == "measured" and event.payload["kind"] == "speed"
+    )
+    assert set(measured) == {key for keys in whole.timed for key in keys}
+    assert set(measured.values()) == {1}
+
+
+def test_an_artifact_that_cannot_be_timed_fails_its_own_trial_alone(tmp_path, facts):
+    config = next(c for c in recipe_of(tmp_path).asked() if drawn(c.id, "fails") >= 0.15)
+    elsewhere = Elsewhere(share=1.0, lost=config.id)
+    front = run(tmp_path, facts, surrogate=elsewhere, num_gangs=4)
+    ended = {row["trial_id"]: row for row in front["all_trials"]}
+    failed = ended.pop(config.id)
+    assert failed["status"] == "failed" and "speed could not be taken" in failed["message"]
+    assert all("latency_ms" in r["metrics"] for r in ended.values() if r["status"] == "completed")
+
+
+def test_where_no_machine_of_the_target_s_kind_is_left_trials_are_timed_where_they_run(
+    tmp_path, facts
+):
+    class Gone(Virtual):
+        def has(self, kind: str) -> bool:
+            return False
+
+    elsewhere, notes = Elsewhere(share=0.0), []
+
+    class Noted(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    launcher = Gone(elsewhere, facts=facts, num_gangs=3)
+    Study(recipe_of(tmp_path), launcher=launcher, watch=Noted()).run()
+    assert {kind for _, kind in elsewhere.machines} == {""}
+    assert len([note for note in notes if "no machine is here of the kind" in note]) == 1

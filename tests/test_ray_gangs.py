@@ -22,6 +22,7 @@ from ray.util import placement_group_table  # noqa: E402
 from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs  # noqa: E402
 from orchestrator.recipe import make_recipe  # noqa: E402
 from orchestrator.resources import Resources  # noqa: E402
+from orchestrator.runtimes import Target  # noqa: E402
 from orchestrator.trial import BadInput, Reason, TrialStatus, Work  # noqa: E402
 
 pytestmark = pytest.mark.cluster
@@ -47,7 +48,10 @@ def gangs(cluster: ray_cluster.Cluster, tmp_path: Path) -> Iterator[Callable[...
 
     def make(problems: list[str] | None = None, **resources: Any) -> ray_gangs.RayGangs:
         recipe = SimpleNamespace(
-            name="toy", resources=Resources(**resources), resolved=lambda: {"problems": problems}
+            name="toy",
+            resources=Resources(**resources),
+            target=Target(),
+            resolved=lambda: {"problems": problems},
         )
         made.append(
             ray_gangs.RayGangs(
@@ -302,7 +306,8 @@ group, handlers = os.getpgrp(), [signal.getsignal(s) for s in (signal.SIGINT, si
 from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.resources import Resources
 from orchestrator.trial import Work
-recipe = SimpleNamespace(name="toy", resources=Resources(), resolved=dict)
+from orchestrator.runtimes import Target
+recipe = SimpleNamespace(name="toy", resources=Resources(), target=Target(), resolved=dict)
 launcher = RayGangs(recipe, Path(sys.argv[1]), worker="toy_worker:ToyWorker")
 launcher.start(Work("baseline", "w", model=sys.argv[2]))
 assert os.getpgrp() == group

@@ -54,7 +54,9 @@ class Launcher(Protocol):
     """What the study asks of wherever trials run; every time is in seconds of `now()`.
 
     `facts` loads data and base models, checks them (raises `BadInput`) and describes them.
-    `free` is how many works could start at once; `start` hands one over and returns; `wait` blocks
+    `has` says whether a machine is there whose fingerprint is `kind`, on which works that are `timed_on` it
+    run; `free` is how many works could start at once; `start` hands one over and returns, and may
+    be asked for one more where speed is to be taken; `wait` blocks
     until a work has ended, at most `timeout` seconds where given, and tells `hear` of stages
     meanwhile. `waiting` says of each work that has not begun what it waits for. `close` ends
     whatever runs and frees all it holds.
@@ -63,6 +65,7 @@ class Launcher(Protocol):
     hear: Callable[[Told], None]
 
     def facts(self) -> dict[str, Any]: ...
+    def has(self, kind: str) -> bool: ...
     def free(self) -> int: ...
     def start(self, work: Work) -> None: ...
     def wait(self, timeout: float | None = None) -> list[Event]: ...

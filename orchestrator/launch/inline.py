@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.launch import Done, Event, Lost, Told
+from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.recipe import Recipe
 from orchestrator.trial import Reason, Work
 
@@ -36,6 +37,9 @@ class Inline:
 
     def facts(self) -> dict[str, Any]:
         return self.bench.facts()
+
+    def has(self, kind: str) -> bool:
+        return fingerprint() == kind
 
     def free(self) -> int:
         return 0 if self._work else 1

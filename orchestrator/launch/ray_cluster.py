@@ -29,6 +29,7 @@ Amounts = Mapping[str, float]
 Node = Mapping[str, Any]  # an entry of `ray.nodes()`
 LOOK_S = 5.0  # a cluster may grow and shrink
 JOIN_S = 10.0
+NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 100 * 2**20  # through which nothing but reports and measurements go
 
@@ -84,11 +85,13 @@ def capacity(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> int:
     return min(_caps(shape, resources, nodes).values())
 
 
-def check_room(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> None:
-    """Raises `BadInput` where no gang can ever be placed."""
+def check_room(
+    shape: Shape, resources: Resources, nodes: Sequence[Node], *, what: str = "resources"
+) -> None:
+    """Raises `BadInput`, with the section that is to blame, where no gang can ever be placed."""
     caps = _caps(shape, resources, nodes)
     if caps["the cluster"] == 0:
-        raise BadInput([_unmet(shape, nodes)])
+        raise BadInput([_unmet(shape, nodes, what)])
     if none := [name for name, cap in caps.items() if cap == 0]:
         raise BadInput([f"resources: a trial takes {shape}, more than {none[0]} allows."])
 
@@ -109,17 +112,22 @@ def _parts(limit: int | None, each: int) -> int | None:
     return None if limit is None or not each else limit // each
 
 
+def on_nodes(names: Sequence[str]) -> dict[str, str]:
+    """A label selector for these nodes alone."""
+    return {NODE_ID: f"in({','.join(names)})"}
+
+
 def _has(node: Node, labels: Mapping[str, str]) -> bool:
     """Whether a node has the labels, as far as they are plain; the others Ray judges itself."""
     plain = {name: value for name, value in labels.items() if value[:1] != "!" and "(" not in value}
     return all(node["Labels"].get(name) == value for name, value in plain.items())
 
 
-def _unmet(shape: Shape, nodes: Sequence[Node]) -> str:
+def _unmet(shape: Shape, nodes: Sequence[Node], what: str) -> str:
     names = [*shape.amounts, *shape.labels]
     offers = ({**node["Resources"], **node["Labels"]} for node in nodes)
     found = sorted({said({n: offer[n] for n in names if n in offer}) or "none" for offer in offers})
-    return f"resources: no node of the cluster has {shape}; its nodes have: {'; '.join(found)}."
+    return f"{what}: no node of the cluster has {shape}; its nodes have: {'; '.join(found)}."
 
 
 class Cluster:

@@ -26,25 +26,28 @@ from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray r
     capacity,
     check_room,
     gang_shape,
+    on_nodes,
     said,
 )
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util import placement_group, remove_placement_group
+from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.artifact import DamagedArtifact
 from orchestrator.launch import Done, Event, Lost, Told
+from orchestrator.launch.ray_kinds import Kinds, environment
+from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.trial import BadInput, Reason, Work
 
 if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
 
+TIMED = ("speed", "timings")  # works that run on machines of the target's kind
 POLL_S = 1.0  # between looks at deadlines; news come at once
 LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
 GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
-PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 # -- in the worker's process ---------------------------------------------------------------------
@@ -132,6 +135,7 @@ class Gang:
     """
 
     def __init__(self, shape: Shape, *, name: str, worker: str, arguments: dict[str, Any]) -> None:
+        self.shape = shape
         self.work: Work | None = None
         self.answer: ray.ObjectRef | None = None
         self.begun = False
@@ -154,7 +158,7 @@ class Gang:
             num_gpus=shape.num_gpus,
             resources=custom,
             scheduling_strategy=PlacementGroupSchedulingStrategy(self.place),
-            runtime_env={"env_vars": _environment(shape.num_cpus)},
+            runtime_env={"env_vars": environment(shape.num_cpus)},
         )
         return options.remote(worker, arguments)
 
@@ -172,6 +176,11 @@ class Gang:
     def finish(self) -> None:
         self.work = self.answer = None
         self.since = time.monotonic()
+
+    @cached_property
+    def node(self) -> str:
+        """The id of the node that it was placed on; asked once it is placed."""
+        return str(placement_group_table(self.place)["bundles_to_node_id"][0])
 
     @property
     def seconds(self) -> float:
@@ -206,10 +215,11 @@ class RayGangs:
         worker: str = "orchestrator.gang:Worker",
     ) -> None:
         self.hear: Callable[[Told], None] = lambda told: None
-        self.name, self.resources = recipe.name, recipe.resources
+        self.name, self.resources, self.target = recipe.name, recipe.resources, recipe.target
         self.gangs: list[Gang] = []
         self._worker = worker
         self._use_gpus = device != "cpu"
+        self._kinds = Kinds()
         self._arguments = {
             "recipe": recipe.resolved(),
             "folder": str(folder.resolve()),
@@ -229,11 +239,22 @@ class RayGangs:
         check_room(shape, self.resources, nodes)
         return shape
 
+    @cached_property
+    def speed_shape(self) -> Shape:
+        """What a gang takes that only measures. Raises `BadInput` where no node has the labels."""
+        amounts = dict(self.shape.amounts)
+        amounts["CPU"] = max(amounts["CPU"], self.target.threads)
+        if self.target.device == "cpu":
+            amounts.pop("GPU", None)
+        shape = Shape(amounts, self.target.host or self.shape.labels)
+        check_room(shape, self.resources, self.cluster.nodes(), what="target.host")
+        return shape
+
     # -- what the study asks ---------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         for attempt in count(1):
-            gang = self._idle() or self._new_gang()
+            gang = self._new_gang(self.speed_shape if self.target.host else self.shape)
             try:
                 answer: Answer = ray.get(gang.ask("facts"))
             except RayActorError as error:
@@ -253,14 +274,20 @@ class RayGangs:
         if "cluster" not in self.__dict__:
             return 1  # nothing is joined or started before there is a work
         self._hand_back()
-        idle = sum(gang.work is None for gang in self.gangs)
-        most = capacity(self.shape, self.resources, self.cluster.nodes()) - len(self.gangs)
+        idle = sum(self._trains(gang) for gang in self._idle())
+        most = self._room() + len(self._idle()) - idle
         if most > 0 and not self.cluster.is_own:  # others take of it too
             most = min(most, self.shape.count_in(self.cluster.available()))
         return max(idle + max(0, most), 0 if self._working() else 1)
 
+    def has(self, kind: str) -> bool:
+        return bool(self._nodes_of(kind))
+
     def start(self, work: Work) -> None:
-        (self._idle() or self._new_gang()).start(work)
+        """On the gang that worked last, so that others can be handed back, or on a new one."""
+        fit = [gang for gang in self._idle() if self._fits(gang, work)]
+        gang = max(fit, key=lambda gang: gang.since, default=None)
+        (gang or self._new_gang(self._shape_for(work))).start(work)
 
     def wait(self, timeout: float | None = None) -> list[Event]:
         until = math.inf if timeout is None else time.monotonic() + timeout
@@ -289,17 +316,48 @@ class RayGangs:
     def _working(self) -> list[Gang]:
         return [gang for gang in self.gangs if gang.work]
 
-    def _idle(self) -> Gang | None:
-        """The one that worked last, so that others can be handed back."""
-        idle = [gang for gang in self.gangs if not gang.work]
-        return max(idle, key=lambda gang: gang.since, default=None)
+    def _idle(self) -> list[Gang]:
+        return [gang for gang in self.gangs if not gang.work]
 
-    def _new_gang(self) -> Gang:
+    def _trains(self, gang: Gang) -> bool:
+        """Whether trials may run on it; one that was made to measure may lack a GPU, or labels."""
+        same = gang.shape.amounts == self.shape.amounts
+        return same and self.shape.labels in ({}, gang.shape.labels)
+
+    def _fits(self, gang: Gang, work: Work) -> bool:
+        if work.kind in TIMED and work.timed_on:
+            return gang.node in self._nodes_of(work.timed_on)
+        return self._trains(gang)
+
+    def _shape_for(self, work: Work) -> Shape:
+        if work.kind not in TIMED or not work.timed_on:
+            return self.shape
+        nodes = self._nodes_of(work.timed_on)
+        if len(nodes) in (0, len(self.cluster.nodes())):  # trials may run on it as well
+            return self.shape
+        return Shape(self.speed_shape.amounts, on_nodes(nodes))
+
+    def _nodes_of(self, kind: str) -> list[str]:
+        """The nodes whose fingerprint is `kind`."""
+        if self.cluster.is_own:
+            kinds = {node["NodeID"]: fingerprint() for node in self.cluster.nodes()}
+        else:
+            kinds = self._kinds.of(self.cluster.nodes())
+        return sorted(name for name, found in kinds.items() if found == kind)
+
+    def _room(self) -> int:
+        """How many gangs may come to those that are there."""
+        return capacity(self.shape, self.resources, self.cluster.nodes()) - len(self.gangs)
+
+    def _new_gang(self, shape: Shape) -> Gang:
+        """In the place of an idle one where the study may have no more."""
+        if self._room() <= 0 and (idle := self._idle()):
+            self._end(min(idle, key=lambda gang: gang.since))
         gang = Gang(
-            self.shape,
+            shape,
             name=f"{self.name}-{secrets.token_hex(4)}",
             worker=self._worker,
-            arguments={**self._arguments, "threads": self.shape.num_cpus},
+            arguments={**self._arguments, "threads": shape.num_cpus},
         )
         self.gangs.append(gang)
         return gang
@@ -315,12 +373,21 @@ class RayGangs:
             if idle and not self.cluster.is_own:
                 self._end(gang)
 
+    def _relieve(self, idle: Gang) -> None:
+        """Let a gang measure, now that it is idle, what waits for a place on nodes like its own."""
+        for gang in self._working():
+            work = gang.work
+            if gang.placing and work and work.kind in TIMED and self._fits(idle, work):
+                self._end(gang)
+                idle.start(work)
+                return
+
     def _reason(self, gang: Gang) -> str:
         if not gang.placing:
             return "its worker to start"
         available = self.cluster.available()
-        free = {name: available.get(name, 0.0) for name in self.shape.amounts}
-        return f"a place with {self.shape}; the whole cluster has free: {said(free)}"
+        free = {name: available.get(name, 0.0) for name in gang.shape.amounts}
+        return f"a place with {gang.shape}; the whole cluster has free: {said(free)}"
 
     # -- what they say ---------------------------------------------------------------------------
 
@@ -375,6 +442,8 @@ class RayGangs:
         gang.memory_mb.append(answer.rss_mb)
         if gang.has_grown or len(gang.memory_mb) >= self.resources.recycle_after:
             self._end(gang)
+        else:
+            self._relieve(gang)
         if answer.problems:
             return [Lost(work, Reason.ERROR, answer.problems[0], again=False)]
         return [Done(work, answer.value)]
@@ -386,14 +455,6 @@ class RayGangs:
         reason = Reason.OOM if isinstance(error, OutOfMemoryError) else Reason.ERROR
         again = not isinstance(error, RayTaskError) and not _never_started(error)
         return [Lost(gang.work, reason, _words(error), again=again)]
-
-
-def _environment(num_threads: int) -> dict[str, str]:
-    """What a worker's process needs before it imports anything."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_threads))
-    if PACKAGE_PARENT.name in ("site-packages", "dist-packages"):
-        return threads
-    return threads | {"PYTHONPATH": f"{PACKAGE_PARENT}:${{PYTHONPATH}}"}
 
 
 def _never_started(error: RayError) -> bool:

@@ -30,6 +30,9 @@ class Virtual:
     def facts(self) -> dict[str, Any]:
         return self._facts
 
+    def has(self, kind: str) -> bool:
+        return str(self._facts["fingerprint"]) == kind
+
     def free(self) -> int:
         return self.num_gangs - len(self._running)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from orchestrator.measure import MeasureOptions
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.measure.latency import compare, decoder_round, encoder_round
 from orchestrator.measure.memory import example_inputs, peak_memory_mb
-from orchestrator.measure.served import Served, measure_latencies, measure_served
+from orchestrator.measure.served import Served, measure_latencies, measure_served, measure_speed
 from orchestrator.measure.size import size_metrics
 from orchestrator.plugins import find
 from orchestrator.recipe import Recipe
@@ -26,10 +26,7 @@ from orchestrator.trial import Measurement, TrialConfig
 
 def measure_in_study(artifact: Path, recipe: Recipe, study: Path) -> Measurement:
     """Quality on validation, latency beside the dense baseline, size and memory, the user's command."""
-    bench = Bench(recipe, study, device="cpu")
-    config = TrialConfig(**verify(artifact)["config"])
-    served = Served(bench, config, artifact, AutoTokenizer.from_pretrained(artifact))
-    return measure_served(served, keep=False)
+    return measure_served(_served(artifact, Bench(recipe, study, device="cpu")), keep=False)
 
 
 def time_together(artifacts: Mapping[str, Path], bench: Bench) -> dict[str, Measurement]:
@@ -37,11 +34,24 @@ def time_together(artifacts: Mapping[str, Path], bench: Bench) -> dict[str, Meas
 
     Raises `DamagedArtifact`.
     """
-    served = {}
-    for key, folder in artifacts.items():
-        config = TrialConfig(**verify(folder)["config"])
-        served[key] = Served(bench, config, folder, AutoTokenizer.from_pretrained(folder))
-    return measure_latencies(served)
+    return measure_latencies({key: _served(folder, bench) for key, folder in artifacts.items()})
+
+
+def speeds(
+    artifacts: Mapping[str, Path], bench: Bench, stage: Callable[[str], None]
+) -> dict[str, Measurement]:
+    """Speed and memory of a study's artifacts by key, which other machines have made.
+
+    Raises `DamagedArtifact`.
+    """
+    return {
+        key: measure_speed(_served(folder, bench), stage=stage) for key, folder in artifacts.items()
+    }
+
+
+def _served(folder: Path, bench: Bench) -> Served:
+    config = TrialConfig(**verify(folder)["config"])
+    return Served(bench, config, folder, AutoTokenizer.from_pretrained(folder))
 
 
 def measure_alone(artifact: Path, description: dict[str, Any]) -> Measurement:

@@ -111,25 +111,34 @@ def measure_served(
 ) -> Measurement:
     """Every number of an artifact that it takes to serve it, on the validation split.
 
-    Unless told not to, its answers are kept beside it, and its speed and memory are what was found
-    for an artifact of the same structure, if there was one in this study.
+    Unless told not to, its answers are kept beside it. Speed and memory are left out where this is
+    not a machine of the target's kind.
     """
     stage("quality")
     quality = measure_quality(served, "validation", keep=keep)
-    timing = _measure_structure(served, stage) if keep else _measure_speed(served, stage)
-    target = served.bench.target
-    own: dict[str, float] = {}
-    if target.command is not None:
-        stage("command")
-        own = run_command(target.command, served.folder)
-    intervals = quality.intervals | timing.intervals
-    return Measurement(
-        metrics=size_metrics(served.folder) | quality.metrics | timing.metrics | own,
-        intervals={name: pair for name, pair in intervals.items() if name not in own},
-        num_examples=quality.num_examples,
-        fingerprint=fingerprint(),
-        notes=(*quality.notes, *timing.notes),
-    )
+    metrics = size_metrics(served.folder) | quality.metrics
+    untimed = {"metrics": metrics, "fingerprint": "", "is_timed": False}
+    quality = quality.model_copy(update=untimed)
+    if not served.bench.is_timed_here:
+        return quality
+    return quality.joined(measure_speed(served, stage=stage, keep=keep))
+
+
+def measure_speed(
+    served: Served, *, stage: Callable[[str], None] = lambda text: None, keep: bool = True
+) -> Measurement:
+    """Speed and memory of an artifact on this machine, and what the user's own command says.
+
+    Unless told not to, they are what was found for an artifact of the same structure, if there was
+    one in this study.
+    """
+    measured = _measure_structure(served, stage) if keep else _time(served, stage)
+    command = served.bench.target.command
+    if command is None:
+        return measured
+    stage("command")
+    own = Measurement(metrics=run_command(command, served.folder), fingerprint=fingerprint())
+    return measured.joined(own)
 
 
 def _measure_structure(served: Served, stage: Callable[[str], None]) -> Measurement:
@@ -151,7 +160,7 @@ def _measure_structure(served: Served, stage: Callable[[str], None]) -> Measurem
     found = bench.stages.find("speed", inputs, version=SPEED_VERSION)
     if found is not None:
         return Measurement.model_validate_json((found / SPEED).read_text())
-    measured = _measure_speed(served, stage)
+    measured = _time(served, stage)
     if NOT_ALONE not in measured.notes:
         text = measured.model_dump_json()
 
@@ -162,7 +171,7 @@ def _measure_structure(served: Served, stage: Callable[[str], None]) -> Measurem
     return measured
 
 
-def _measure_speed(served: Served, stage: Callable[[str], None]) -> Measurement:
+def _time(served: Served, stage: Callable[[str], None]) -> Measurement:
     """Timings, and the peak memory of a process that serves it."""
     stage("latency")
     timing = measure_latency(served)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 class Target(Frozen):
-    """Where and how the artifact is served; every served number is taken this way."""
+    """Where and how the artifact is served; every served number is taken this way.
+
+    `host` holds labels of the Ray nodes that count: speed and memory are taken on nodes of the
+    kind that has them, wherever a trial was trained.
+    """
 
     runtime: str = "onnxruntime"
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
@@ -31,6 +35,7 @@ class Target(Frozen):
     prompt_tokens: int = Field(64, ge=1)
     new_tokens: int = Field(32, ge=1)
     command: str | None = None
+    host: dict[str, str] = {}
 
 
 class Session(Protocol):
