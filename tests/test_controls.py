@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import controls
 import numpy as np
 import pytest
 import tiny_study
 
-from benchmarks import controls
 from orchestrator.bench import Bench
 from orchestrator.recipe import make_recipe
 from orchestrator.tasks import Record

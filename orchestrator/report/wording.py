@@ -220,7 +220,7 @@ def _training(options: Mapping[str, Any]) -> Iterator[str]:
     elif epochs is not None:
         yield f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
     if options.get("learning_rate") is not None:
-        yield f"lr {options['learning_rate']:.2g}".replace("e-0", f"e{MINUS}")
+        yield f"lr {options['learning_rate']:.3g}".replace("e-0", f"e{MINUS}")
     if options.get("distillation"):
         yield "distilled"
 
