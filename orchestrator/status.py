@@ -64,6 +64,7 @@ class Tally:
     running: dict[str, Running] = field(default_factory=dict)
     ended: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     given_up: set[str] = field(default_factory=set)
+    untimed: set[str] = field(default_factory=set)
     trained: list[float] = field(default_factory=list)  # when, under the last lease
     num_lost: int = 0
     device_seconds: float = 0.0
@@ -100,12 +101,17 @@ class Tally:
         self.running.pop(event.key, None)
         self.ended[event.key] = result["status"], result["reason"]
         self.device_seconds += result["device_seconds"] * self.num_devices
+        if not (result.get("measurement") or {}).get("is_timed", True):
+            self.untimed.add(result["trial_id"])
         if result["status"] != TrialStatus.SKIPPED:
             self.trained.append(event.time)
 
     def _end_measuring(self, event: Event) -> None:
-        """A front is timed as one work, `timings`, and scored on the test split one by one."""
+        """A front is timed as one work, `timings`, and scored on the test split one by one; a trial
+        of another kind of machine is timed afterwards."""
         kind = event.payload.get("kind")
+        if kind == "speed":
+            self.untimed.discard(event.key)
         self.running.pop("timings" if kind == "timings" else f"{kind}:{event.key}", None)
 
     def counts(self, *, running: set[str]) -> Json:
@@ -119,6 +125,7 @@ class Tally:
             "failed_by_reason": dict(failed),
             "lost_attempts": self.num_lost,
             "given_up": len(self.given_up),
+            "to_be_timed": len(self.untimed),
         }
 
 

@@ -267,7 +267,7 @@ class Study:
             update = {"test": measured, "sha256": event.payload["sha256"]}
             self.outcomes.add(outcome.replaced(outcome.result.model_copy(update=update)))
         elif kind == "speed":
-            self.untimed.learn(outcome.joined(measured))
+            self.untimed.recall(outcome.joined(measured))
         else:
             self.outcomes.add(outcome.timed_together(measured))
 

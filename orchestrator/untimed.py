@@ -20,7 +20,7 @@ class Untimed:
     def __init__(self, study: Study) -> None:
         self.study = study
         self._waiting: dict[str, Outcome] = {}
-        self._singly = False
+        self._singly = self._is_timing = False
 
     def add(self, outcome: Outcome) -> None:
         self._waiting[outcome.result.trial_id] = outcome
@@ -41,14 +41,16 @@ class Untimed:
 
         There is one such work at a time, so that those that come meanwhile are taken together.
         """
-        if not self._waiting or ("speed", "speed") in self.study.dispatch.running:
+        if self._is_timing or not self._waiting:
             return None
+        self._is_timing = True  # until it has ended, all its attempts included
         chosen = islice(self._waiting.items(), 1 if self._singly else None)
         artifacts = {key: folder_of(outcome, self.study.folder) for key, outcome in chosen}
         return Work(kind="speed", key="speed", artifacts=artifacts)
 
     def ended(self, work: Work, result: Result | Lost) -> None:
         """Take in what was measured; a trial whose speed cannot be had has failed."""
+        self._is_timing = False
         if isinstance(result, Lost) and len(work.artifacts) > 1:
             self._singly = True  # one of them is to blame
             return
@@ -58,14 +60,20 @@ class Untimed:
                 self._fail(outcome, result)
                 continue
             assert isinstance(result, dict)
-            payload = result[key].model_dump(mode="json")
-            self.study.ledger.append("measured", key, kind="speed", measurement=payload)
             timed = outcome.joined(result[key])
-            self.learn(timed)
+            self.study.outcomes.add(timed)
+            self.study.ledger.append(
+                "measured",
+                key,
+                kind="speed",
+                measurement=result[key].model_dump(mode="json"),
+                hypervolume=self.study.outcomes.hypervolume,
+            )
             self.study.write(timed)
+            self.study.learn(timed)
 
-    def learn(self, timed: Outcome) -> None:
-        """What was measured counts from now on."""
+    def recall(self, timed: Outcome) -> None:
+        """An earlier run has measured it."""
         self._waiting.pop(timed.result.trial_id, None)
         self.study.outcomes.add(timed)
         self.study.learn(timed)

@@ -103,6 +103,7 @@ def test_results_are_counted_by_how_they_ended(folder, ledger):
         "failed_by_reason": {"oom": 1, "timeout": 1},
         "lost_attempts": 1,
         "given_up": 1,
+        "to_be_timed": 0,
     }
     assert (status["device_seconds"], status["hypervolume"]) == (4 * 2 + 3, 0.7)
     told = "4 asked · 1 completed · 1 skipped · 2 failed (1 oom, 1 timeout) · 1 given up"
@@ -120,6 +121,15 @@ def test_what_was_asked_for_and_has_no_place_yet_is_queued(folder, ledger):
     told = printed(status)
     assert "1 running · 1 queued · 1 completed" in told
     assert told.rstrip().endswith("waits for a place with 1 GPU")
+
+
+def test_what_was_trained_on_another_kind_of_machine_is_to_be_timed_until_it_is(folder, ledger):
+    finish(ledger, "a", "completed", measurement={"metrics": {}, "is_timed": False})
+    finish(ledger, "b", "completed", measurement={"metrics": {}})
+    assert "2 completed · 1 to be timed" in printed(study_status(folder))
+    ledger.append("measured", "a", kind="speed", measurement={}, hypervolume=0.5)
+    status = study_status(folder)
+    assert (status["trials"]["to_be_timed"], status["hypervolume"]) == (0, 0.5)
 
 
 def test_only_the_last_result_of_a_trial_counts_but_all_its_time(folder, ledger):

@@ -14,6 +14,16 @@ from orchestrator.report import wording
 
 Json = Mapping[str, Any]
 STYLES = {"running": "green", "finished": "bold", "interrupted": "yellow", "not begun": "dim"}
+COUNTED = (
+    "running",
+    "queued",
+    "completed",
+    "to_be_timed",
+    "stopped",
+    "skipped",
+    "failed",
+    "given_up",
+)
 FURTHER = {
     "interrupted": "the command that began it goes on",
     "not begun": "nothing is in its ledger",
@@ -48,7 +58,7 @@ def _facts(status: Json) -> Iterator[tuple[str, str]]:
 def _counted(trials: Json) -> str:
     """ "20 asked · 1 running · 15 completed · 2 failed (1 oom, 1 error)"."""
     told = [f"{trials['asked']} asked"]
-    for name in ("running", "queued", "completed", "stopped", "skipped", "failed", "given_up"):
+    for name in COUNTED:
         if trials[name]:
             told.append(f"{trials[name]} {name.replace('_', ' ')}")
         if name == "failed" and trials[name]:
