@@ -301,6 +301,9 @@ class Pretend:
     def facts(self) -> dict[str, Any]:
         return self._facts
 
+    def has(self, kind: str) -> bool:
+        return True
+
     def free(self) -> int:
         return 0 if self._work else 1
 
