@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,17 +13,11 @@ from typing import Any
 import pytest
 import tiny_study
 
-ray = pytest.importorskip("ray")
+from orchestrator.cli import BAD_INPUT
+from orchestrator.ledger import Ledger
+from orchestrator.manifest import ledger_key
 
-from ray.cluster_utils import Cluster  # noqa: E402
-from ray.util import placement_group_table  # noqa: E402
-
-from orchestrator.launch.ray_gangs import RayGangs  # noqa: E402
-from orchestrator.ledger import Ledger  # noqa: E402
-from orchestrator.manifest import ledger_key  # noqa: E402
-from orchestrator.recipe import make_recipe  # noqa: E402
-from orchestrator.study import Study  # noqa: E402
-from orchestrator.trial import BadInput  # noqa: E402
+pytest.importorskip("ray")
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 pytestmark = [
@@ -30,31 +25,63 @@ pytestmark = [
     pytest.mark.skipif(len(CORES) < 2, reason="one core: all nodes here are of one kind"),
 ]
 
+# Two nodes of one CPU each; processes of the one that serves may use a single core.
+CLUSTER = """
+import os, sys
+from ray.cluster_utils import Cluster
+
+cores = os.sched_getaffinity(0)
+cluster = Cluster()
+cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=10**8)
+os.sched_setaffinity(0, [min(cores)])
+cluster.add_node(num_cpus=1, labels={"role": "serves"}, object_store_memory=10**8)
+os.sched_setaffinity(0, cores)
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+PLACEMENT_GROUPS = """
+import ray
+from ray.util import placement_group_table
+
+ray.init(log_to_driver=False)
+print({group["state"] for group in placement_group_table().values()} - {"REMOVED"})
+"""
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """Of processes of their own: how Ray proves who it is cannot change within one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return (
+        kept
+        | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(Path(__file__).parents[1])}
+        | settings
+    )
+
+
+def python(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**settings))
+
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Two nodes of one CPU each; processes of the one that serves may use a single core."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.delenv("RAY_ADDRESS", raising=False)
-        cluster = Cluster()
-        cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=10**8)
-        os.sched_setaffinity(0, CORES[:1])
-        try:
-            cluster.add_node(num_cpus=1, labels={"role": "serves"}, object_store_memory=10**8)
-        finally:
-            os.sched_setaffinity(0, CORES)
-        yield cluster.address
-        cluster.shutdown()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", CLUSTER]
+    process = subprocess.Popen(command, text=True, env=environment(), **pipes)
+    assert process.stdout
+    yield process.stdout.readline().strip()
+    process.communicate(timeout=60)
 
 
-def recipe_of(folder: Path, address: str, **target: Any) -> Any:
-    sections = {
-        "target": {"runtime": "onnxruntime", "threads": 1, **target},
-        "resources": {"engine": "ray", "address": address, "cpus_per_trial": 1},
-        "references": {"dense_int8": True, "first_layers": [1], "random_twin": False},
-    }
-    return make_recipe(tiny_study.recipe(folder, **sections))
+def write_recipe(folder: Path, address: str, **target: Any) -> Path:
+    return tiny_study.write_recipe(
+        folder,
+        target={"runtime": "onnxruntime", "threads": 1, **target},
+        resources={"engine": "ray", "address": address, "cpus_per_trial": 1},
+        references={"dense_int8": True, "first_layers": [1], "random_twin": False},
+    )
 
 
 def serving_kind() -> str:
@@ -66,9 +93,11 @@ def serving_kind() -> str:
 
 @pytest.mark.slow
 def test_speed_counts_on_the_kind_of_machine_that_serves_alone(address: str, tmp_path: Path):
-    recipe = recipe_of(tmp_path, address, host={"role": "serves"})
-    folder = Path(recipe.output_dir)
-    front = Study(recipe).run()
+    path = write_recipe(tmp_path, address, host={"role": "serves"})
+    done = python("-m", "orchestrator.cli", "run", str(path))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "study"
+    front = json.loads((folder / "front.json").read_text())
     kind = serving_kind()
     assert front["fingerprint"] == kind
     assert front["trials"]["completed"] == 6 and front["trials"]["failed"] == 0
@@ -84,19 +113,12 @@ def test_speed_counts_on_the_kind_of_machine_that_serves_alone(address: str, tmp
         if event.kind == "measured" and event.payload["kind"] != "test":
             assert event.payload["measurement"]["fingerprint"] == kind
     assert all("latency_ms" in row["metrics"] for row in front["all_trials"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(address=address, log_to_driver=False)
-        assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
-        ray.shutdown()
+    assert python("-c", PLACEMENT_GROUPS, RAY_ADDRESS=address).stdout == "set()\n"
 
 
 def test_a_host_that_no_node_has_is_bad_input(address: str, tmp_path: Path):
-    launcher = RayGangs(recipe_of(tmp_path, address, host={"role": "absent"}), tmp_path)
-    try:
-        with pytest.raises(
-            BadInput, match=r"target.host: no node of the cluster has .*role=absent"
-        ):
-            launcher.facts()
-    finally:
-        launcher.close()
+    path = write_recipe(tmp_path, address, host={"role": "absent"})
+    done = python("-m", "orchestrator.cli", "run", str(path))
+    assert done.returncode == BAD_INPUT
+    assert "target.host: no node of the cluster has" in done.stderr
+    assert "role=absent" in done.stderr and "Traceback" not in done.stderr
