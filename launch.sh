@@ -147,7 +147,7 @@ run_tests() {
         install_system
     fi
     if [[ "$use_venv" == true ]]; then
-        current test || install test "[dev,demo,postgresql]"
+        current test || install test "[deepspeed,demo,dev,postgresql]"
         python="$venv/bin/python"
     else
         report_torch "$python"

@@ -28,10 +28,10 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 from transformers import BertConfig, BertForSequenceClassification, get_scheduler
 
+from orchestrator.batches import epoch_batches
 from orchestrator.finetune import (
     FinetuneOptions,
     OnStep,
-    epoch_batches,
     finetune,
     uses_bf16,
 )

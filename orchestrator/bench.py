@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,15 +24,8 @@ from orchestrator.base_model import Base, load_base, num_positions, tokenizer_ke
 from orchestrator.base_model_checks import source_problems
 from orchestrator.checkpoint import Earlier, earlier
 from orchestrator.dense import Dense, make_dense
-from orchestrator.distill import HiddenDistance
-from orchestrator.finetune import (
-    FinetuneOptions,
-    OnStep,
-    TrainingReport,
-    finetune,
-    uses_bf16,
-)
-from orchestrator.lessons import PLAIN, Lesson, Teacher, spread, taught
+from orchestrator.finetune import FinetuneOptions, uses_bf16
+from orchestrator.lessons import Lesson, Source, open_lesson, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.plugins import find
 from orchestrator.predict import row_lengths
@@ -43,11 +36,14 @@ from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
 from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.score_files import Scores, shared_scores
-from orchestrator.space import can_go_on, num_steps, trains
+from orchestrator.space import can_go_on, num_steps
 from orchestrator.stages import Stages
 from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect
 from orchestrator.trial import BadInput, Infeasible, TrialConfig, content_hash
+
+if TYPE_CHECKING:
+    from orchestrator.training import Crew
 
 TOKENS_VERSION = 1
 MAX_ENCODED = 8  # splits and lessons that are kept as tokens, the last ones used
@@ -59,7 +55,7 @@ def _ignore(text: str) -> None:
 
 
 class Bench:
-    """The shared things of one study on one worker.
+    """The shared things of one study on one worker; `crew` are those that train together with it.
 
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do.
@@ -82,9 +78,11 @@ class Bench:
         self.rows_limit, self.steps_limit = rows_limit, steps_limit
         self.num_threads = torch.get_num_threads()
         self.timed_on = ""
+        self.crew: Crew | None = None
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}
+        self._sources: dict[str, Source] = {}
         self._lessons: dict[str, Lesson] = {}
         self._sessions: dict[str, Session] = {}
 
@@ -196,7 +194,9 @@ class Bench:
         `trained_on` is for trials that train: they start where the baseline stood before it was
         given the largest budget of a trial, so that no trial has had more steps than it.
         """
-        folder = self.dense(model).folder / ("start" if trained_on else "baseline")
+        return self._load(self.dense(model).folder / ("start" if trained_on else "baseline"))
+
+    def _load(self, folder: Path) -> PreTrainedModel:
         loaded = self.task.auto_class().from_pretrained(folder, dtype=torch.float32)
         self.set_attention(loaded)
         return loaded.eval()
@@ -206,38 +206,6 @@ class Bench:
         model.set_attn_implementation("eager" if self.device == "cpu" else "sdpa")
 
     # -- what stages ask for ---------------------------------------------------------------------
-
-    def train(
-        self,
-        model: PreTrainedModel,
-        encoded: Encoded,
-        options: FinetuneOptions,
-        *,
-        seed: int | None = None,
-        teacher: Teacher | None = None,
-        hidden: HiddenDistance | None = None,
-        on_step: Sequence[OnStep] = (),
-        earlier: Earlier | None = None,
-        on_end: Callable[[torch.optim.Optimizer], None] | None = None,
-    ) -> TrainingReport:
-        """Fine-tune in place on this worker's device, within the limit of a dry run; see `finetune`.
-
-        Steps aside at each optimizer step for whoever measures on this host.
-        """
-        return finetune(
-            model,
-            self.task,
-            encoded,
-            options,
-            seed=self.recipe.seed if seed is None else seed,
-            device=self.device,
-            on_step=(*on_step, lambda step, num_steps: this_host().give_way()),
-            teacher=teacher,
-            hidden=hidden,
-            max_steps=self.steps_limit if trains(options) else 0,
-            earlier=earlier,
-            on_end=on_end,
-        )
 
     def training_inputs(self, config: TrialConfig, numerics: Numerics | None) -> dict[str, Any]:
         """All that a trial's trained model hangs on; equal for trials that share their training."""
@@ -274,14 +242,24 @@ class Bench:
                     found.append(other)
         return max(found, key=lambda one: one.step, default=None)
 
-    def lesson(self, model: str, options: FinetuneOptions, note: Note = _ignore) -> Lesson:
+    def source(self, model: str, options: FinetuneOptions, note: Note = _ignore) -> Source:
         """What a trial trains on. A teacher answers once where a row has one answer."""
         if options.distillation is None:
-            return PLAIN
+            return Source()
         layers = options.distillation.hidden > 0
         key = content_hash([model, options.model_dump(mode="json")["augmentation"], layers])
+        if key not in self._sources:
+            self._sources[key] = taught(model, options.augmentation, self, layers=layers, note=note)
+        return self._sources[key]
+
+    def lesson(self, source: Source, *, opens: bool = True) -> Lesson:
+        """The lesson of a source, kept; a teacher that answers live only if it `opens`."""
+        if not opens:
+            return open_lesson(source, self, None)
+        key = content_hash(source.model_dump(mode="json"))
         if key not in self._lessons:
-            self._lessons[key] = taught(model, options.augmentation, self, layers=layers, note=note)
+            live = self._load(Path(source.dense)).to(self.device) if source.dense else None
+            self._lessons[key] = open_lesson(source, self, live)
         return self._lessons[key]
 
     def encoded_lesson(self, lesson: Lesson, tokenizer: PreTrainedTokenizerBase) -> Encoded:

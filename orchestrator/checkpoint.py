@@ -55,6 +55,11 @@ def load(
     return dense, AutoTokenizer.from_pretrained(folder / "tokenizer"), about["details"]
 
 
+def removals_in(folder: Path) -> list[dict[str, list[int]]]:
+    """Which units of the dense model are left in what was saved, step by step."""
+    return list(json.loads((folder / ABOUT).read_text())["removals"])
+
+
 # -- going on ------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from orchestrator.base_model import Base, tokenizer_key
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.predict import predict
+from orchestrator.space import trains
+from orchestrator.training import Assignment, train
 from orchestrator.trial import Diverged, TrialConfig
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def make_dense(model: str, bench: Bench, note: Note) -> Dense:
     }
 
     def build(folder: Path) -> None:
-        made = _Grid(base, bench, note).train(grid)
+        made = _Grid(model, base, bench, note).train(grid)
         made.start.save_pretrained(folder / "start")
         made.baseline.save_pretrained(folder / "baseline")
         base.tokenizer.save_pretrained(folder / "baseline")
@@ -84,8 +86,8 @@ class _Candidate:
 class _Grid:
     """Trains dense models from one base and scores them on validation."""
 
-    def __init__(self, base: Base, bench: Bench, note: Note) -> None:
-        self.base, self.bench, self.note = base, bench, note
+    def __init__(self, name: str, base: Base, bench: Bench, note: Note) -> None:
+        self.name, self.base, self.bench, self.note = name, base, bench, note
         self.candidates: list[dict[str, Any]] = []
 
     def train(self, grid: list[FinetuneOptions]) -> _Trained:
@@ -135,8 +137,14 @@ class _Grid:
             "continued": continued,
         }
         self.candidates.append(line)
+        assignment = Assignment(
+            model=self.name,
+            finetune=options,
+            seed=bench.recipe.seed,
+            max_steps=bench.steps_limit if trains(options) else 0,
+        )
         try:
-            report = bench.train(model, bench.encoded("train", self.base.tokenizer), options)
+            report = train(model, assignment, bench, tokenizer=self.base.tokenizer)
         except Diverged as reason:
             line["diverged"] = str(reason)
             return None

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from orchestrator.predict import answers_of, to_device
+from orchestrator.ranks import Ranks
 from orchestrator.trial import Frozen
 
 if TYPE_CHECKING:
@@ -92,8 +93,11 @@ class HiddenDistance:
     """How far the outputs of a student's layers are from those of the teacher's, pair by pair.
 
     Inside `with`, a call speaks of the last forward pass of both. `aligned` [rows] says in which
-    rows the two read the same number of tokens; the others do not count.
+    rows the two read the same number of tokens; the others do not count. Where `ranks` split a
+    batch, what each adds is relative to the spread over all of their rows.
     """
+
+    ranks = Ranks()
 
     def __init__(
         self,
@@ -119,8 +123,13 @@ class HiddenDistance:
         self._hooks.clear()
         self._outputs.clear()
 
-    def __call__(self, indices: np.ndarray, batch: Batch) -> torch.Tensor:
-        """The mean over pairs of |student - teacher|² ÷ |teacher - its mean|², a scalar."""
+    def __call__(
+        self, indices: np.ndarray, batch: Batch, *, is_spare: bool = False
+    ) -> torch.Tensor:
+        """The mean over pairs of |student - teacher|² ÷ |teacher - its mean|², a scalar.
+
+        A batch that is spare adds nothing.
+        """
         import torch
 
         counted = torch.ones_like(batch["input_ids"], dtype=torch.float32)
@@ -131,13 +140,17 @@ class HiddenDistance:
         pairs = [
             tuple(self._outputs[layer] for layer in pair) for pair in zip(*self._sides, strict=True)
         ]
-        return torch.stack([_distance(*pair, counted) for pair in pairs]).mean()
+        if is_spare:
+            counted = torch.zeros_like(counted)
+        return torch.stack([_distance(*pair, counted, self.ranks) for pair in pairs]).mean()
 
     def _keep(self, layer: nn.Module, _: object, output: Any) -> None:
         self._outputs[layer] = output[0] if isinstance(output, tuple) else output
 
 
-def _distance(student: torch.Tensor, teacher: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+def _distance(
+    student: torch.Tensor, teacher: torch.Tensor, counted: torch.Tensor, ranks: Ranks
+) -> torch.Tensor:
     """For hidden states [rows, length, width]; `counted` [rows, length] is 1 where they count.
 
     Rows that count are no longer than the shorter of two paddings.
@@ -145,6 +158,6 @@ def _distance(student: torch.Tensor, teacher: torch.Tensor, counted: torch.Tenso
     length = min(student.shape[1], teacher.shape[1])
     weight = counted[:, :length, None]
     student, teacher = student[:, :length].float(), teacher[:, :length].float()
-    mean = (teacher * weight).sum((0, 1)) / weight.sum().clamp(min=1)
-    spread = ((teacher - mean).square() * weight).sum()
+    mean = ranks.total((teacher * weight).sum((0, 1))) / ranks.total(weight.sum()).clamp(min=1)
+    spread = ranks.total(((teacher - mean).square() * weight).sum())
     return ((student - teacher).square() * weight).sum() / spread.clamp(min=1e-9)

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
+from orchestrator.batches import dealt_out, micro_batches, num_calls, splits_batches
 from orchestrator.distill import Distillation, HiddenDistance
 from orchestrator.predict import row_lengths, to_device
 from orchestrator.problems import nearest
+from orchestrator.progress import LossCurve, OnLog, Pace
+from orchestrator.ranks import Ranks
+from orchestrator.strategies import SINGLE, Plan, Strategy
 from orchestrator.tasks.augmentation import Augmentation
-from orchestrator.trial import BadInput, Diverged, Frozen
+from orchestrator.trial import BadInput, Frozen
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from orchestrator.tasks import Encoded, Task
 
 OnStep = Callable[[int, int], None]
-OnLog = Callable[[int, int, float], None]
-POOL = 50  # batches that are sorted by length together
 
 
 class FinetuneOptions(Frozen):
@@ -107,14 +106,16 @@ def finetune(
     max_steps: int | None = None,
     earlier: Earlier | None = None,
     on_end: Callable[[torch.optim.Optimizer], None] | None = None,
+    strategy: Strategy = SINGLE,
 ) -> TrainingReport:
     """Train `model` in place and leave it in evaluation mode.
 
     `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
     the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
     options' own. Steps go on from where `earlier` stands, as if they had been taken here; `on_end`
-    gets the optimizer after the last. On a CPU the same seed gives the same weights. Raises
-    `Diverged`.
+    gets the optimizer after the last. On a CPU the same seed gives the same weights. All ranks of
+    a process group call this with the same arguments and the part of the model that `strategy`
+    lets them hold; a step is over the same rows however many they are. Raises `Diverged`.
     """
     import torch
     from accelerate.utils import set_seed
@@ -126,14 +127,29 @@ def finetune(
     lengths = row_lengths(encoded)
     batches_an_epoch = math.ceil(len(lengths) / options.per_device_train_batch_size)
     accumulation = options.gradient_accumulation_steps
-    num_steps = count_steps(options, batches_an_epoch / accumulation, max_steps)
+    num_steps = steps_of(options, len(lengths), max_steps)
     begin = earlier.step if earlier else 0
+    ranks = Ranks.here()
+    calls = num_calls(accumulation, ranks)
     curve = LossCurve(
-        begin, num_steps, options.logging_steps, on_log, check_each=device.type == "cpu"
+        begin,
+        num_steps,
+        options.logging_steps,
+        on_log,
+        check_each=device.type == "cpu",
+        ranks=ranks,
+    )
+    plan = Plan(
+        device,
+        bf16=uses_bf16(options, device),
+        num_calls=calls,
+        batch_size=options.per_device_train_batch_size,
+        max_grad_norm=options.max_grad_norm,
     )
 
-    set_seed(seed)
-    model.to(device).train()
+    set_seed(seed + ranks.rank)  # each rank drops out other units
+    strategy.place(model, device)
+    model.train()
     for callback in on_step:
         callback(0, num_steps)
     with (
@@ -141,35 +157,44 @@ def finetune(
         dropout_at(options.dropout, model),
         unwrapped(model),
         hidden or nullcontext(),
+        counted_together(model, hidden, ranks if splits_batches(accumulation, ranks) else Ranks()),
     ):
-        accelerator = make_accelerator(options, device)
-        trained, optimizer = accelerator.prepare(model, make_optimizer(model, options))
-        teacher = teacher and accelerator.autocast()(teacher)  # as precise as the student
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        wrapped = strategy.wrap(model, make_optimizer(model, options), plan)
+        accelerator, trained, optimizer = wrapped.accelerator, wrapped.model, wrapped.optimizer
+        precision = torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16)
+        teacher = teacher and precision(teacher)  # as precise as the student
         batches = micro_batches(
-            task, encoded, lengths, options, seed=seed, begin=begin * accumulation
+            task,
+            encoded,
+            lengths,
+            batch_size=options.per_device_train_batch_size,
+            by_length=options.group_by_length,
+            seed=seed,
+            begin=begin * accumulation,
         )
         if earlier:
             earlier.restore(model, optimizer)
-        pace = Pace()
+        pace = Pace(ranks)
         for step in range(begin + 1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
-            for indices, arrays, share in with_shares(itertools.islice(batches, accumulation)):
-                batch = to_device(arrays, device)
+            for micro in dealt_out(itertools.islice(batches, accumulation), ranks):
+                batch = to_device(micro.arrays, device)
                 with accelerator.accumulate(trained):
-                    target = teacher(indices, batch) if teacher else None
-                    loss = objective(trained, task, batch, target, distillation)
+                    target = teacher(micro.indices, batch) if teacher else None
+                    loss = micro.share * objective(trained, task, batch, target, distillation)
                     if hidden and distillation:
-                        loss = loss + distillation.hidden * hidden(indices, batch)
-                    accelerator.backward(loss * (share * accumulation))
+                        distance = hidden(micro.indices, batch, is_spare=not micro.share)
+                        loss = loss + micro.batch_share * distillation.hidden * distance
+                    accelerator.backward(loss * (calls * ranks.size))  # which take the mean
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, options.max_grad_norm)
+                        norm = wrapped.clip()
                     optimizer.step()
                     optimizer.zero_grad()
-                step_loss += loss.detach() * share
+                step_loss += loss.detach()
                 pace.add_batch(
-                    tokens=int(lengths[indices].sum()), positions=arrays["input_ids"].size
+                    tokens=int(lengths[micro.indices].sum()) if micro.share else 0,
+                    positions=micro.arrays["input_ids"].size if micro.share else 0,
                 )
             curve.add(step, step_loss, norm)
             for callback in on_step:
@@ -216,6 +241,12 @@ def count_steps(options: FinetuneOptions, steps_an_epoch: float, max_steps: int 
     return max_steps
 
 
+def steps_of(options: FinetuneOptions, num_rows: int, max_steps: int | None) -> int:
+    """Optimizer steps in all, over so many rows."""
+    batches_an_epoch = math.ceil(num_rows / options.per_device_train_batch_size)
+    return count_steps(options, batches_an_epoch / options.gradient_accumulation_steps, max_steps)
+
+
 def learning_rate(options: FinetuneOptions, step: int, num_steps: int) -> float:
     """At step 1..num_steps: warm-up to the peak, then decay. No step is wasted on a rate of 0."""
     warmup = math.ceil(options.warmup_ratio * num_steps)
@@ -238,131 +269,6 @@ def set_learning_rate(
         group["lr"] = rate
 
 
-def micro_batches(
-    task: Task,
-    encoded: Encoded,
-    lengths: np.ndarray,
-    options: FinetuneOptions,
-    *,
-    seed: int,
-    begin: int = 0,
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Row indices and arrays of one batch after the other, epoch after epoch without end.
-
-    The first `begin` are left out.
-    """
-    every = _batches_without_end(lengths, options, seed=seed)
-    for indices in itertools.islice(every, begin, None):
-        yield indices, task.collate(encoded, indices.tolist())
-
-
-def _batches_without_end(
-    lengths: np.ndarray, options: FinetuneOptions, *, seed: int
-) -> Iterator[np.ndarray]:
-    for epoch in itertools.count():
-        rng = np.random.default_rng([seed, epoch])
-        yield from epoch_batches(
-            lengths,
-            options.per_device_train_batch_size,
-            rng,
-            by_length=options.group_by_length,
-        )
-
-
-def epoch_batches(
-    lengths: np.ndarray, batch_size: int, rng: np.random.Generator, *, by_length: bool
-) -> list[np.ndarray]:
-    """Every row once, in random order; `by_length` sorts within pools of 50 batches first."""
-    order = rng.permutation(len(lengths))
-    if by_length:
-        pools = [
-            order[at : at + POOL * batch_size] for at in range(0, len(order), POOL * batch_size)
-        ]
-        order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    if by_length:
-        batches = [batches[place] for place in rng.permutation(len(batches))]
-    return batches
-
-
-def with_shares(
-    micros: Iterator[tuple[np.ndarray, dict[str, np.ndarray]]],
-) -> list[tuple[np.ndarray, dict[str, np.ndarray], float]]:
-    """Each micro-batch with its share of the step's labels, so that the step's loss is their mean."""
-    found = list(micros)
-    counts = [np.count_nonzero(arrays["labels"] != -100) for _, arrays in found]
-    total = max(1, sum(counts))
-    return [(*micro, count / total) for micro, count in zip(found, counts, strict=True)]
-
-
-class LossCurve:
-    """Mean losses at logging steps. A device is asked for them only there; a CPU at every step."""
-
-    def __init__(
-        self,
-        begin: int,
-        num_steps: int,
-        logging_steps: int,
-        on_log: OnLog | None,
-        *,
-        check_each: bool,
-    ) -> None:
-        import torch
-
-        self.points: list[tuple[int, float]] = []
-        self._num_steps, self._logging_steps = num_steps, logging_steps
-        self._on_log, self._check_each = on_log, check_each
-        self._since, self._sums = begin, torch.zeros(2)
-
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Raises `Diverged` for a loss or gradient that is not finite."""
-        import torch
-
-        self._sums = self._sums.to(loss.device) + torch.stack([loss, grad_norm])
-        is_due = step % self._logging_steps == 0 or step == self._num_steps
-        if not (is_due or self._check_each):
-            return
-        losses, norms = self._sums.tolist()
-        if not math.isfinite(losses + norms):
-            raise Diverged(f"loss or gradient is not finite at step {step} of {self._num_steps}")
-        if is_due:
-            mean = losses / (step - self._since)
-            self.points.append((step, mean))
-            self._since, self._sums = step, torch.zeros_like(self._sums)
-            if self._on_log is not None:
-                self._on_log(step, self._num_steps, mean)
-
-
-class Pace:
-    """How long steps take, and over how many tokens."""
-
-    def __init__(self) -> None:
-        self._ends = [time.perf_counter()]
-        self._tokens, self._positions = 0, [0]
-
-    def add_batch(self, *, tokens: int, positions: int) -> None:
-        self._tokens += tokens
-        self._positions[-1] += positions
-
-    def end_step(self) -> None:
-        self._ends.append(time.perf_counter())
-        self._positions.append(0)
-
-    def summary(self) -> dict[str, Any]:
-        """Fields of a `TrainingReport`."""
-        seconds, positions = np.diff(self._ends), np.array(self._positions[:-1])
-        warm = slice(1, None) if len(seconds) > 1 else slice(None)
-        medians = [seconds[warm], seconds[warm] / positions[warm]]
-        step, position = (float(np.median(m)) if len(m) else 0.0 for m in medians)
-        return {
-            "seconds": self._ends[-1] - self._ends[0],
-            "step_seconds": step,
-            "position_seconds": position,
-            "tokens": self._tokens,
-            "positions": int(positions.sum()),
-        }
-
-
 # -- setting up ----------------------------------------------------------------------------------
 
 
@@ -378,30 +284,18 @@ def uses_bf16(options: FinetuneOptions, device: torch.device) -> bool:
     return any(found.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def make_accelerator(options: FinetuneOptions, device: torch.device) -> Accelerator:
-    import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    # Accelerate fixes device and precision once a process; trials in one process may differ.
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    AcceleratorState._reset_state(reset_partial_state=alone)
-    return Accelerator(
-        mixed_precision="bf16" if uses_bf16(options, device) else "no",
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        cpu=device.type == "cpu",
-        device_placement=False,
-    )
-
-
 def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101) whose weight decay leaves norms and biases alone."""
     import torch
 
+    from orchestrator.shards import full_shape
+
     trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(full_shape(p)) >= 2]
+    others = [p for p in trained if len(full_shape(p)) < 2]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -466,3 +360,23 @@ def unwrapped(model: nn.Module) -> Iterator[None]:
     finally:
         for name in set(vars(model)) - before:
             delattr(model, name)
+
+
+@contextmanager
+def counted_together(
+    model: nn.Module, hidden: HiddenDistance | None, ranks: Ranks
+) -> Iterator[None]:
+    """Inside, what hangs on a batch as a whole is found over the rows of all `ranks`.
+
+    That is the scale of activations which are rounded with one a call, and the spread of hidden
+    states.
+    """
+    owners = {m.inputs for m in model.modules() if getattr(m, "inputs", None) is not None}
+    owners |= {hidden} if hidden else set()
+    try:
+        for owner in owners:
+            owner.ranks = ranks
+        yield
+    finally:
+        for owner in owners:
+            owner.ranks = Ranks()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator.base_model import neighbours
 from orchestrator.distill import CachedTeacher, HiddenDistance, LiveTeacher, cached_teacher
@@ -19,6 +19,7 @@ from orchestrator.predict import row_lengths
 from orchestrator.prune.tree import layers_of
 from orchestrator.tasks import Encoded, Rows
 from orchestrator.tasks.augmentation import Augmentation, augment
+from orchestrator.trial import Frozen
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 VERSION = 2
 Note = Callable[[str], None]
 Teacher = Callable[[np.ndarray, dict[str, torch.Tensor]], torch.Tensor]
+
+
+class Source(Frozen):
+    """Where a lesson comes from: folders that any rank of a gang can open.
+
+    `answers` holds what the dense baseline said of each row, and the rows that `augmentation`
+    made; `dense` is the baseline itself where it is to answer while others train.
+    """
+
+    answers: str = ""
+    dense: str = ""
+    augmentation: Augmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -45,19 +58,30 @@ PLAIN = Lesson("train", None, None)
 
 def taught(
     model: str, augmentation: Augmentation | None, bench: Bench, *, layers: bool, note: Note
-) -> Lesson:
+) -> Source:
     """The lesson of the dense baseline, by its `layers` too if asked for.
 
     It answers beforehand where a row has one answer and no more is asked.
     """
-    if bench.task.kind == "encoder" and not layers:
-        return _answered(model, augmentation, bench, note)
-    dense = bench.dense_model(model).to(bench.device)
+    is_live = bench.task.kind != "encoder" or layers
+    dense = str(bench.dense(model).folder / "baseline") if is_live else ""
+    if is_live and augmentation is None:
+        return Source(dense=dense)
+    answers = _answers(model, augmentation, bench, note)
+    return Source(answers=str(answers), dense=dense, augmentation=augmentation)
+
+
+def open_lesson(source: Source, bench: Bench, live: PreTrainedModel | None) -> Lesson:
+    """The lesson of a source; `live` is its dense baseline, ready to answer, where it has one."""
+    lesson = PLAIN
+    if source.answers:
+        lesson = _read(Path(source.answers), source.augmentation, bench)
+    if live is None:
+        return lesson
     if bench.task.kind != "encoder":
-        return replace(PLAIN, teacher=LiveTeacher(dense, bench.task))
-    lesson = PLAIN if augmentation is None else _answered(model, augmentation, bench, note)
-    own = bench.encoded_lesson(lesson, bench.base(model).tokenizer)
-    return replace(lesson, teacher=LiveTeacher(dense, bench.task, own))
+        return replace(lesson, teacher=LiveTeacher(live, bench.task))
+    own = bench.encoded_lesson(lesson, AutoTokenizer.from_pretrained(source.dense))
+    return replace(lesson, teacher=LiveTeacher(live, bench.task, own))
 
 
 def hidden_distance(
@@ -76,8 +100,8 @@ def hidden_distance(
     return HiddenDistance(student, [dense[index] for index in kept], aligned=aligned)
 
 
-def _answered(model: str, augmentation: Augmentation | None, bench: Bench, note: Note) -> Lesson:
-    """A lesson whose every row was answered beforehand."""
+def _answers(model: str, augmentation: Augmentation | None, bench: Bench, note: Note) -> Path:
+    """The folder of a lesson whose every row was answered beforehand."""
     inputs = {
         "dense": bench.dense(model).folder.name,
         "augmentation": augmentation and augmentation.model_dump(mode="json"),
@@ -102,7 +126,10 @@ def _answered(model: str, augmentation: Augmentation | None, bench: Bench, note:
         answers = cached_teacher(dense, bench.task, encoded, bench.device)
         np.save(folder / "logits.npy", answers.logits)
 
-    folder = bench.stages.once("answers", inputs, build, version=VERSION)
+    return bench.stages.once("answers", inputs, build, version=VERSION)
+
+
+def _read(folder: Path, augmentation: Augmentation | None, bench: Bench) -> Lesson:
     logits = np.load(folder / "logits.npy", allow_pickle=False)
     rows = None
     if augmentation is not None:

@@ -9,12 +9,18 @@ import copy
 import errno
 import shutil
 import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    from orchestrator.quiet import quiet
+
+    quiet()  # before what talks is imported
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +29,7 @@ from orchestrator import artifact as artifacts
 from orchestrator import checkpoint
 from orchestrator.alone import this_host
 from orchestrator.bench import Bench, Note
-from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport
-from orchestrator.lessons import hidden_distance
+from orchestrator.finetune import FinetuneOptions, TrainingReport
 from orchestrator.measure.memory import peak_mb, reset_peak
 from orchestrator.measure.served import (
     Served,
@@ -39,6 +44,7 @@ from orchestrator.quantize import Numerics, QuantizeOptions
 from orchestrator.quantize.convert import convert, prepare
 from orchestrator.quantize.fake import set_enabled
 from orchestrator.space import can_go_on, trains
+from orchestrator.training import Assignment, train
 from orchestrator.trial import (
     Diverged,
     Infeasible,
@@ -204,12 +210,10 @@ def _train(
     pruned = _prune(model, config, bench)
 
     clock("prepare")
-    on_step: list[OnStep] = [pruning.on_step for pruning in pruned.prunings]
     if numerics is not None:
         prepare(model, numerics, ignore=quantize.ignore)
-        on_step.append(_switch_on(model, quantize.qat_start))
 
-    training, gathered = _finetune(model, pruned, config, bench, on_step, earlier, clock)
+    training, gathered = _finetune(model, pruned, config, numerics, bench, earlier, clock)
     for pruning in pruned.prunings:
         pruning.finish()
     set_enabled(model, True)
@@ -218,6 +222,8 @@ def _train(
         "training": training.model_dump(mode="json"),
         "peak_training_memory_mb": peak_mb(bench.device),
     }
+    if bench.crew is not None:
+        details["peak_memory_mb_by_rank"] = bench.crew.peaks_mb
     return Trained(model, pruned.tokenizer, details, gathered)
 
 
@@ -246,46 +252,40 @@ def _finetune(
     model: PreTrainedModel,
     pruned: Pruned,
     config: TrialConfig,
+    numerics: Numerics | None,
     bench: Bench,
-    on_step: Sequence[OnStep],
     earlier: checkpoint.Earlier | None,
     clock: Clock,
 ) -> tuple[TrainingReport, checkpoint.Gathered | None]:
-    options = FinetuneOptions(**config.finetune)
+    options, quantize = FinetuneOptions(**config.finetune), QuantizeOptions(**config.quantize)
     gathered: list[checkpoint.Gathered] = []
 
     def gather(optimizer: torch.optim.Optimizer) -> None:
         gathered.append(checkpoint.gather(optimizer))
 
-    lesson = bench.lesson(config.model, options, clock)
-    encoded = bench.encoded_lesson(lesson, pruned.tokenizer)
-    hidden = None
-    if options.distillation and options.distillation.hidden:
-        hidden = hidden_distance(lesson, layers_of(model), pruned.layers, encoded)
-    clock("finetune")
-    report = bench.train(
-        model,
-        encoded,
-        options,
+    assignment = Assignment(
+        model=config.model,
+        finetune=options,
         seed=config.seed,
-        teacher=lesson.teacher,
-        hidden=hidden,
-        on_step=on_step,
+        prune=config.prune,
+        numerics=numerics,
+        ignore=quantize.ignore,
+        qat_start=quantize.qat_start,
+        layers=tuple(pruned.layers),
+        max_steps=bench.steps_limit if trains(options) else 0,
+        source=bench.source(config.model, options, clock),
+    )
+    clock("finetune")
+    report = train(
+        model,
+        assignment,
+        bench,
+        tokenizer=pruned.tokenizer,
+        prunings=pruned.prunings,
         earlier=earlier,
         on_end=gather if can_go_on(config) else None,
     )
     return report, gathered[0] if gathered else None
-
-
-def _switch_on(model: PreTrainedModel, share: float) -> OnStep:
-    """Fake-quant from `share` of the optimizer steps on."""
-
-    def on_step(step: int, num_steps: int) -> None:
-        begin = int(share * num_steps)
-        if step in (0, begin):
-            set_enabled(model, step >= begin)
-
-    return on_step
 
 
 def _converted(
@@ -367,3 +367,9 @@ def explain(error: Exception) -> tuple[Reason, str]:
     if is_full or "No space left on device" in text:
         return Reason.ERROR, f"the disk is full: {text}"
     return Reason.ERROR, f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    from orchestrator.one_trial import main
+
+    sys.exit(main())

@@ -11,7 +11,7 @@ import pytest
 import tiny_study
 import torch
 
-from orchestrator import bench as benches
+from orchestrator import training
 from orchestrator.bench import MAX_ENCODED, Bench
 from orchestrator.finetune import FinetuneOptions
 from orchestrator.predict import predict
@@ -19,6 +19,7 @@ from orchestrator.prune import importance
 from orchestrator.prune.tokens import rebuild_tokenizer
 from orchestrator.recipe import make_recipe
 from orchestrator.run_trial import _prune, run_baseline
+from orchestrator.training import Assignment, train
 from orchestrator.trial import BadInput, Diverged, Reason, TrialStatus
 
 GOOD_RATE, STUCK_RATE, WILD_RATE = 2e-3, 0.0, 1e30
@@ -63,7 +64,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was trained already")
 
-    monkeypatch.setattr(benches, "finetune", refuse)
+    monkeypatch.setattr(training, "finetune", refuse)
 
 
 # -- the dense baseline --------------------------------------------------------------------------
@@ -143,12 +144,12 @@ def test_the_dense_model_is_trained_once_a_study_whatever_was_done_in_between(
     folder = bench.dense("bert").folder
     tokenizer = bench.base("bert").tokenizer
     tokenizer("the film", truncation=True, max_length=4, padding="max_length")
-    lesson = bench.lesson("bert", AUGMENTED)
+    lesson = bench.lesson(bench.source("bert", AUGMENTED))
     no_training(monkeypatch)
     again = Bench(bench.recipe, bench.folder, device="cpu")
     again.base("bert").tokenizer("the film", padding=True)
     assert again.dense("bert").folder == folder
-    assert again.lesson("bert", AUGMENTED).key == lesson.key
+    assert again.lesson(again.source("bert", AUGMENTED)).key == lesson.key
 
 
 def test_other_data_are_another_dense_model(bench: Bench, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_split_is_encoded_once_and_few_encodings_are_kept(bench: Bench) -> Non
 
 
 def test_without_a_teacher_the_training_split_is_the_lesson(bench: Bench) -> None:
-    lesson = bench.lesson("bert", FinetuneOptions())
+    lesson = bench.lesson(bench.source("bert", FinetuneOptions()))
     tokenizer = bench.base("bert").tokenizer
     assert lesson.teacher is None
     assert bench.encoded_lesson(lesson, tokenizer) is bench.encoded("train", tokenizer)
@@ -183,7 +184,7 @@ def test_the_teacher_answers_the_very_rows_that_are_trained_on(
 ) -> None:
     if limits:
         bench = Bench(bench.recipe, bench.folder, device="cpu", **limits)
-    lesson = bench.lesson("bert", options)
+    lesson = bench.lesson(bench.source("bert", options))
     rows = bench.encoded_lesson(lesson, bench.base("bert").tokenizer)
     dense = bench.dense_model("bert")
     expected = [r["logits"] for r in predict(dense, bench.task, rows, batch_size=16, device="cpu")]
@@ -195,7 +196,7 @@ def test_the_teacher_answers_the_very_rows_that_are_trained_on(
 
 
 def test_made_up_rows_follow_the_real_ones_and_have_the_teachers_labels(bench: Bench) -> None:
-    train, lesson = bench.rows["train"], bench.lesson("bert", AUGMENTED)
+    train, lesson = bench.rows["train"], bench.lesson(bench.source("bert", AUGMENTED))
     rows, count = lesson.rows, len(bench.rows["train"].ids)
     assert rows is not None and lesson.teacher is not None
     assert len(rows.ids) == len(set(rows.ids)) == len(rows.labels) == 3 * count
@@ -240,7 +241,8 @@ def test_a_method_that_acts_while_training_sees_the_smaller_vocabulary(bench: Be
     pruned = _prune(model, config, bench)
     rows = bench.encoded("train", pruned.tokenizer)
     options = FinetuneOptions(**config.finetune)
-    bench.train(model, rows, options, on_step=[method.on_step for method in pruned.prunings])
+    assignment = Assignment(model="bert", finetune=options, seed=0)
+    train(model, assignment, bench, tokenizer=pruned.tokenizer, prunings=pruned.prunings)
     largest = max(int(row["input_ids"].max()) for row in rows.features)
     assert largest < 300 == len(pruned.tokenizer)
     for method in pruned.prunings:

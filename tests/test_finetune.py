@@ -19,10 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from orchestrator.batches import epoch_batches
 from orchestrator.distill import CachedTeacher, HiddenDistance, LiveTeacher, cached_teacher
 from orchestrator.finetune import (
     FinetuneOptions,
-    epoch_batches,
     finetune,
     learning_rate,
     uses_bf16,

@@ -60,11 +60,15 @@ class Pruning(Protocol):
     `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
     the k-th; masks are put back there, gradual schedules move there. `finish()` makes the
     sparsity final: after it no mask is needed and structured tensors have their final shapes.
-    `tokenizer` is set when the method rebuilt it (vocabulary), else None.
+    `tokenizer` is set when the method rebuilt it (vocabulary), else None. `masks` are the factors,
+    0 or 1, that hold until the next step, by weight name; each broadcasts to its weight.
     `report()` says what was reached, as JSON values ({"sparsity": 0.5, ...}).
     """
 
     tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]: ...
 
     def on_step(self, step: int, num_steps: int) -> None: ...
     def finish(self) -> None: ...

@@ -82,6 +82,7 @@ def _taylor(
         weight.requires_grad_(True)
     try:
         for batch in context.batches(num_batches):
+            batch = {name: values.to(model.device) for name, values in batch.items()}
             with torch.enable_grad():
                 loss = context.loss(model, batch)
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)

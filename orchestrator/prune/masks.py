@@ -25,11 +25,17 @@ class Masks:
     """
 
     def __init__(self) -> None:
+        self.names: list[str] = []
         self._weights: list[torch.Tensor] = []
         self._factors: list[torch.Tensor] = []
 
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, self._factors, strict=True))
+
     def set(self, model: PreTrainedModel, factors: Mapping[str, torch.Tensor]) -> None:
         """Replace all factors and put them in force."""
+        self.names = list(factors)
         self._weights = [model.get_parameter(name) for name in factors]
         self._factors = [
             factor.to(device=weight.device, dtype=weight.dtype)
@@ -70,6 +76,10 @@ class MaskedWeights:
         self._masks = Masks()
         self._share = 0.0
         self._advance(options.share(0, 1))
+
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        return self._masks.factors
 
     def on_step(self, step: int, num_steps: int) -> None:
         """Put the zeros back, and add those that are due."""
@@ -141,14 +151,18 @@ class MaskedUnits:
         if options.schedule == "before":
             self.finish()
 
+    @property
+    def masks(self) -> Mapping[str, torch.Tensor]:
+        return self._masks.factors
+
     def on_step(self, step: int, num_steps: int) -> None:
         """Put the zeros back, and mask the units that are due."""
+        self._masks.apply()
         share = self._options.share(step, num_steps)
         if self._has_all_units and share > self._share:
             keep = self._choose_units(share)
             self._masks.set(self._model, _factors(self._model, keep))
             self._share = share
-        self._masks.apply()
 
     def finish(self) -> None:
         """Take out what is still to go; nothing is left to do a second time."""

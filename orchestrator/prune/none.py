@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.signature import Signature
 from orchestrator.trial import Frozen
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from orchestrator.prune import PruneContext
@@ -17,6 +19,7 @@ class Untouched:
     """A model that keeps all its weights."""
 
     tokenizer = None
+    masks: Mapping[str, torch.Tensor] = {}
 
     def on_step(self, step: int, num_steps: int) -> None:
         """Nothing to put back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,6 +12,7 @@ from orchestrator.signature import Signature
 from orchestrator.trial import Frozen
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from orchestrator.prune import PruneContext
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 class SmallerVocabulary:
     """A model that has its smaller vocabulary, and the tokenizer rebuilt for it."""
+
+    masks: Mapping[str, torch.Tensor] = {}
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, before: int, after: int) -> None:
         self.tokenizer = tokenizer

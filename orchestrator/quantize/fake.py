@@ -17,16 +17,19 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.quantize import ActivationNumerics, Numerics, WeightNumerics
 from orchestrator.quantize.rounding import round_activation, round_weight, weight_scales
+from orchestrator.ranks import Ranks
 
 
 class FakeQuantInput:
     """Rounds activations, once for all layers that take the same tensor (query, key and value).
 
-    It is shared by the layers of one model and remembers the last tensor alone.
+    It is shared by the layers of one model and remembers the last tensor alone. `ranks` split the
+    rows of a call among them: one scale a call is then one for all of their rows.
     """
 
     def __init__(self, numerics: ActivationNumerics) -> None:
         self.numerics = numerics
+        self.ranks = Ranks()
         self._last: weakref.ref[torch.Tensor] | None = None
         self._key: tuple[Any, ...] = ()
         self._rounded: torch.Tensor | None = None
@@ -34,10 +37,10 @@ class FakeQuantInput:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         dtype = _compute_dtype(x)
         if x.is_inference():  # has no version, so a change in place would go unseen
-            return _RoundActivation.apply(x, self.numerics, dtype)
+            return _RoundActivation.apply(x, self.numerics, dtype, self.ranks)
         key = (x._version, dtype, x.requires_grad and torch.is_grad_enabled())
         if self._rounded is None or self._last is None or self._last() is not x or self._key != key:
-            self._rounded = _RoundActivation.apply(x, self.numerics, dtype)
+            self._rounded = _RoundActivation.apply(x, self.numerics, dtype, self.ranks)
             self._last, self._key = weakref.ref(x), key
         return self._rounded
 
@@ -111,14 +114,18 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 class _RoundActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, numerics: ActivationNumerics, dtype: torch.dtype
+        ctx: Any,
+        x: torch.Tensor,
+        numerics: ActivationNumerics,
+        dtype: torch.dtype,
+        ranks: Ranks,
     ) -> torch.Tensor:
-        codes, scale = round_activation(x, numerics)
+        codes, scale = round_activation(x, numerics, ranks)
         return codes.mul_(scale).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grad, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return grad, None, None, None
 
 
 class _RoundWeight(torch.autograd.Function):

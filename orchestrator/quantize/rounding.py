@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from orchestrator.quantize import ActivationNumerics, WeightNumerics
+from orchestrator.ranks import Ranks
 
+ALONE = Ranks()
 TINY = torch.finfo(torch.float32).tiny
 CLIP_RATIOS = [1.0 - 0.05 * step for step in range(11)]
 
@@ -71,14 +73,15 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def round_activation(
-    x: torch.Tensor, numerics: ActivationNumerics
+    x: torch.Tensor, numerics: ActivationNumerics, ranks: Ranks = ALONE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes minus zero point (float32, like `x`) and their scale, of x's rank.
 
     Per tensor this is ONNX DynamicQuantizeLinear; per token, torchao's asymmetric dynamic int8.
+    A tensor is that of all `ranks` together.
     """
     lowest, highest = code_range(numerics)
-    low, high = _range(x, numerics)
+    low, high = _range(x, numerics, ranks)
     # torchao keeps scales above epsilon; ONNX only avoids dividing by zero.
     floor = torch.finfo(torch.float32).eps if numerics.granularity == "token" else TINY
     scale = ((high - low) / (highest - lowest)).clamp_min_(floor)
@@ -88,12 +91,15 @@ def round_activation(
     return torch.minimum(codes, highest - zero_point, out=codes), scale
 
 
-def _range(x: torch.Tensor, numerics: ActivationNumerics) -> tuple[torch.Tensor, torch.Tensor]:
+def _range(
+    x: torch.Tensor, numerics: ActivationNumerics, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest value, zero included, float32, broadcastable against `x`."""
     if numerics.granularity == "token":
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
-        low, high = (bound.reshape((1,) * x.dim()) for bound in torch.aminmax(x))
+        extremes = ranks.extremes(*torch.aminmax(x))
+        low, high = (bound.reshape((1,) * x.dim()) for bound in extremes)
     return low.float().clamp_max_(0.0), high.float().clamp_min_(0.0)
 
 

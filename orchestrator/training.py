@@ -1,0 +1,280 @@
+"""One training, by this process alone or by all ranks of its gang.
+
+In a gang rank 0 leads: it hands the training out as plain data beside a folder with the weights,
+and gets them back. The others follow, and hold no more of the model than the strategy lets them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from orchestrator import checkpoint
+from orchestrator.alone import this_host
+from orchestrator.distill import HiddenDistance
+from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune, steps_of
+from orchestrator.lessons import Lesson, Source, hidden_distance, open_lesson
+from orchestrator.measure.memory import peak_mb
+from orchestrator.prune import Pruning
+from orchestrator.prune.tree import layers_of
+from orchestrator.quantize import Numerics
+from orchestrator.quantize.convert import prepare
+from orchestrator.quantize.fake import set_enabled
+from orchestrator.ranks import Ranks
+from orchestrator.shards import gathered
+from orchestrator.skeleton import make_skeleton
+from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
+from orchestrator.strategies import Strategy
+from orchestrator.trial import Diverged, Frozen
+
+if TYPE_CHECKING:
+    from orchestrator.bench import Bench
+    from orchestrator.tasks import Encoded
+
+WEIGHTS = checkpoint.WEIGHTS
+ENDLESS = timedelta(days=365)  # those that follow wait as long as rank 0 exports and measures
+
+
+class Assignment(Frozen):
+    """A training as plain data.
+
+    `model` is the recipe's name of it, `prune` the methods that are at work on it, `numerics` what
+    it is prepared for, with fake-quant from `qat_start` on. `layers` are those of the dense model
+    that are left. `max_steps` goes before the options' own.
+    """
+
+    model: str
+    finetune: FinetuneOptions
+    seed: int
+    prune: tuple[dict[str, Any], ...] = ()
+    numerics: Numerics | None = None
+    ignore: tuple[str, ...] = ()
+    qat_start: float = 0.0
+    layers: tuple[int, ...] = ()
+    max_steps: int | None = None
+    source: Source = Source()
+
+
+def train(
+    model: PreTrainedModel,
+    assignment: Assignment,
+    bench: Bench,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prunings: Sequence[Pruning] = (),
+    earlier: checkpoint.Earlier | None = None,
+    on_end: Callable[[torch.optim.Optimizer], None] | None = None,
+) -> TrainingReport:
+    """Fine-tune `model` in place. `prunings` are at work on it.
+
+    A gang has `earlier` and `on_end` not. Raises `Diverged`.
+    """
+    if bench.crew is not None:
+        return bench.crew.lead(model, assignment, bench, tokenizer, prunings)
+    lesson = bench.lesson(assignment.source)
+    encoded = bench.encoded_lesson(lesson, tokenizer)
+    return finetune(
+        model,
+        bench.task,
+        encoded,
+        assignment.finetune,
+        seed=assignment.seed,
+        device=bench.device,
+        on_step=[*(pruning.on_step for pruning in prunings), *_each_step(model, assignment)],
+        teacher=lesson.teacher,
+        hidden=_hidden(model, assignment, lesson, encoded),
+        max_steps=assignment.max_steps,
+        earlier=earlier,
+        on_end=on_end,
+    )
+
+
+def _each_step(model: PreTrainedModel, assignment: Assignment) -> list[OnStep]:
+    """Fake-quant from its share of the steps on; and who measures on this host goes first."""
+
+    def switch_on(step: int, num_steps: int) -> None:
+        begin = int(assignment.qat_start * num_steps)
+        if step in (0, begin):
+            set_enabled(model, step >= begin)
+
+    def give_way(step: int, num_steps: int) -> None:
+        this_host().give_way()
+
+    return [switch_on, give_way] if assignment.numerics else [give_way]
+
+
+def _hidden(
+    model: PreTrainedModel, assignment: Assignment, lesson: Lesson, encoded: Encoded
+) -> HiddenDistance | None:
+    distillation = assignment.finetune.distillation
+    if distillation is None or not distillation.hidden:
+        return None
+    return hidden_distance(lesson, layers_of(model), assignment.layers, encoded)
+
+
+# -- a gang --------------------------------------------------------------------------------------
+
+
+def join_ranks(device: str) -> None:
+    """Make the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
+
+    Where they do not, it is this process alone.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if "MASTER_ADDR" in os.environ:
+        torch.distributed.init_process_group(backend)
+        return
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+
+class Part(Frozen):
+    """What every rank is told of a training: the assignment, and the folder where it starts."""
+
+    start: str
+    assignment: Assignment
+
+
+class Crew:
+    """The ranks of this process group, which train together as `strategy` has it.
+
+    `is_broken` while a training runs, and for good where it ended on this rank alone.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.ranks = Ranks.here()
+        self.peaks_mb: list[float] = []
+        self.is_broken = False
+        self._orders = torch.distributed.new_group(backend="gloo", timeout=ENDLESS)
+
+    def lead(
+        self,
+        model: PreTrainedModel,
+        assignment: Assignment,
+        bench: Bench,
+        tokenizer: PreTrainedTokenizerBase,
+        prunings: Sequence[Pruning],
+    ) -> TrainingReport:
+        """`train`, as rank 0 of all. Raises `Diverged`."""
+        encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
+        num_steps = steps_of(assignment.finetune, len(encoded), assignment.max_steps)
+        for pruning in prunings:
+            pruning.on_step(0, num_steps)
+        bench.stages.folder.mkdir(parents=True, exist_ok=True)
+        start = Path(tempfile.mkdtemp(dir=bench.stages.folder, prefix=".start-"))
+        try:
+            checkpoint.save(start, model.cpu(), tokenizer, {})
+            bench.base(assignment.model).model.config.save_pretrained(start)
+            if not schedules(assignment.prune):
+                _empty(model)
+            part = Part(start=str(start), assignment=assignment)
+            self._orders_out(part.model_dump_json())
+            report, state = self._do(part, bench, Chooser(model, prunings))
+        finally:
+            shutil.rmtree(start, ignore_errors=True)
+        for name, value in state.items():
+            model.get_parameter(name).data = value
+        model.to(bench.device).eval()
+        return report
+
+    def follow(self, bench: Bench) -> None:
+        """Do this rank's part of every training that rank 0 leads, until it dismisses."""
+        while order := self.ranks.told(group=self._orders):
+            try:
+                self._do(Part.model_validate_json(order), bench, None)
+            except Diverged:
+                continue  # on every rank at the same step
+
+    def dismiss(self) -> None:
+        """Let the others go, as rank 0."""
+        self._orders_out("")
+
+    def _orders_out(self, text: str) -> None:
+        if self.ranks.size > 1:
+            self.ranks.told(text, group=self._orders)
+
+    def _do(
+        self, part: Part, bench: Bench, chooser: Chooser | None
+    ) -> tuple[TrainingReport, dict[str, torch.Tensor]]:
+        """This rank's part. The trained weights come back on rank 0 alone."""
+        assignment, start = part.assignment, Path(part.start)
+        device = torch.device(bench.device)
+        self.is_broken = True
+        model = self._filled(start, bench, checkpoint.removals_in(start), assignment, device)
+        tokenizer = AutoTokenizer.from_pretrained(start / "tokenizer")
+        lesson = open_lesson(assignment.source, bench, self._live(assignment, bench, device))
+        encoded = bench.encoded_lesson(lesson, tokenizer)
+        masks = SpreadMasks(model, assignment.prune, chooser)
+        try:
+            report = finetune(
+                model,
+                bench.task,
+                encoded,
+                assignment.finetune,
+                seed=assignment.seed,
+                device=device,
+                on_step=[masks.on_step, *_each_step(model, assignment)],
+                teacher=lesson.teacher,
+                hidden=_hidden(model, assignment, lesson, encoded),
+                max_steps=assignment.max_steps,
+                strategy=self.strategy,
+            )
+        except Diverged:
+            self.is_broken = False
+            raise
+        finally:
+            self.strategy.leave()
+        state = gathered(model)
+        peaks = torch.zeros(self.ranks.size)
+        peaks[self.ranks.rank] = peak_mb(bench.device)
+        self.peaks_mb = self.ranks.total(peaks).tolist()
+        self.is_broken = False
+        return report, state
+
+    def _filled(
+        self,
+        folder: Path,
+        bench: Bench,
+        removals: list[dict[str, list[int]]],
+        assignment: Assignment,
+        device: torch.device,
+    ) -> PreTrainedModel:
+        """A model that holds what is this rank's of the weights in `folder`."""
+        trust = bench.recipe.model_options(assignment.model).trust_remote_code
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        model = make_skeleton(bench.task.auto_class(), config, removals, trust_remote_code=trust)
+        bench.set_attention(model)
+        if assignment.numerics is not None:
+            prepare(model, assignment.numerics, ignore=assignment.ignore)
+        self.strategy.fill(model, folder / WEIGHTS, device)
+        return model.eval()
+
+    def _live(
+        self, assignment: Assignment, bench: Bench, device: torch.device
+    ) -> PreTrainedModel | None:
+        """The teacher, which answers while others train, held as the student is."""
+        if not assignment.source.dense:
+            return None
+        plain = Assignment(model=assignment.model, finetune=assignment.finetune, seed=0)
+        model = self._filled(Path(assignment.source.dense), bench, [], plain, device)
+        return self.strategy.answering(model)
+
+
+def _empty(model: PreTrainedModel) -> None:
+    """Give the memory of all weights back; their values are in a file."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
