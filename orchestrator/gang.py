@@ -22,6 +22,7 @@ from orchestrator.measure.again import speeds, time_together
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import measure_test, run_baseline, run_trial
+from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import Result, Work
 
 Note = Callable[[str], None]
@@ -71,13 +72,33 @@ class Worker:
     ) -> None:
         quiet()
         torch.set_num_threads(threads)
+        self._size = int(os.environ.get("WORLD_SIZE", "1"))
+        if device is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self._recipe, self._folder, self._device = recipe, Path(folder), device
         self._clean = Clean()
 
     @cached_property
     def bench(self) -> Bench:
         recipe = Recipe.from_resolved(self._recipe, output_dir=self._folder)
-        return Bench(recipe, self._folder, device=self._device)
+        bench = Bench(recipe, self._folder, device=self._device)
+        options = [recipe.resources.of(model.id) for model in recipe.models]
+        if self._size > 1 or any(each.strategy_name != "single" for each in options):
+            join_ranks(bench.device)
+            bench.crew = Crew(recipe.resources.of)
+            self._clean.keeps_group = True
+        return bench
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether other ranks wait for something that will not come."""
+        bench = self.__dict__.get("bench")
+        return bench is not None and bench.crew is not None and bench.crew.is_broken
+
+    def follow(self) -> None:
+        """Train what rank 0 leads, until it lets go."""
+        assert self.bench.crew is not None
+        self.bench.crew.follow(self.bench, after_each=self.reset)
 
     def facts(self) -> dict[str, Any]:
         """Raises `BadInput`."""
@@ -102,16 +123,21 @@ class Worker:
 
 
 class Clean:
-    """What a process is like before any work: environment, settings and libraries."""
+    """What a process is like before any work: environment, settings and libraries.
+
+    A gang of several keeps its process group.
+    """
 
     def __init__(self) -> None:
+        self.keeps_group = False
         self.environment = dict(os.environ)
         self.settings = [(read(), write) for read, write in SETTINGS]
         self.bindings = dict(_bindings())
 
     def restore(self) -> None:
         """End process groups, and set everything back; random numbers start anew from one seed."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        has_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if has_group and not self.keeps_group:
             torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -28,7 +28,6 @@ from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.resources import GangOptions
 from orchestrator.run_trial import run_baseline, run_trial
 from orchestrator.stages import write_atomically
-from orchestrator.strategies import make_strategy
 from orchestrator.study import RESULT
 from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import BadInput, TrialConfig, TrialResult, TrialStatus
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(recipe, Path(recipe.output_dir), device=device)
     if options.strategy_name != "single":
         join_ranks(device)
-        bench.crew = Crew(make_strategy(options))
+        bench.crew = Crew(lambda model: options)
         if rank > 0:
             bench.crew.follow(bench)
             return COMPLETED

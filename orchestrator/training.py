@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,11 @@ from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import set_enabled
 from orchestrator.ranks import Ranks
+from orchestrator.resources import GangOptions
 from orchestrator.shards import gathered
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
-from orchestrator.strategies import Strategy
+from orchestrator.strategies import Strategy, make_strategy
 from orchestrator.trial import Diverged, Frozen
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def train(
 
     A gang has `earlier` and `on_end` not. Raises `Diverged`.
     """
-    if bench.crew is not None:
+    if bench.crew is not None and bench.crew.trains(assignment.model):
         return bench.crew.lead(model, assignment, bench, tokenizer, prunings)
     lesson = bench.lesson(assignment.source)
     encoded = bench.encoded_lesson(lesson, tokenizer)
@@ -142,24 +144,29 @@ def join_ranks(device: str) -> None:
 
 
 class Part(Frozen):
-    """What every rank is told of a training: the assignment, and the folder where it starts."""
+    """What every rank is told of a training: the assignment, where it starts, and who holds what."""
 
     start: str
     assignment: Assignment
+    options: GangOptions
 
 
 class Crew:
-    """The ranks of this process group, which train together as `strategy` has it.
+    """The ranks of this process group, which train a model together as `options(model)` say.
 
     `is_broken` while a training runs, and for good where it ended on this rank alone.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
+    def __init__(self, options: Callable[[str], GangOptions]) -> None:
+        self.options = options
         self.ranks = Ranks.here()
         self.peaks_mb: list[float] = []
         self.is_broken = False
         self._orders = torch.distributed.new_group(backend="gloo", timeout=ENDLESS)
+
+    def trains(self, model: str) -> bool:
+        """Whether a model's trainings are for all ranks."""
+        return self.ranks.size > 1 or self.options(model).strategy_name != "single"
 
     def lead(
         self,
@@ -181,7 +188,8 @@ class Crew:
             bench.base(assignment.model).model.config.save_pretrained(start)
             if not schedules(assignment.prune):
                 _empty(model)
-            part = Part(start=str(start), assignment=assignment)
+            options = self.options(assignment.model)
+            part = Part(start=str(start), assignment=assignment, options=options)
             self._orders_out(part.model_dump_json())
             report, state = self._do(part, bench, Chooser(model, prunings))
         finally:
@@ -191,13 +199,12 @@ class Crew:
         model.to(bench.device).eval()
         return report
 
-    def follow(self, bench: Bench) -> None:
+    def follow(self, bench: Bench, *, after_each: Callable[[], None] = lambda: None) -> None:
         """Do this rank's part of every training that rank 0 leads, until it dismisses."""
         while order := self.ranks.told(group=self._orders):
-            try:
+            with suppress(Diverged):  # on every rank at the same step
                 self._do(Part.model_validate_json(order), bench, None)
-            except Diverged:
-                continue  # on every rank at the same step
+            after_each()
 
     def dismiss(self) -> None:
         """Let the others go, as rank 0."""
@@ -214,9 +221,11 @@ class Crew:
         assignment, start = part.assignment, Path(part.start)
         device = torch.device(bench.device)
         self.is_broken = True
-        model = self._filled(start, bench, checkpoint.removals_in(start), assignment, device)
+        strategy = make_strategy(part.options)
+        removals = checkpoint.removals_in(start)
+        model = _filled(strategy, start, bench, assignment, device, removals)
         tokenizer = AutoTokenizer.from_pretrained(start / "tokenizer")
-        lesson = open_lesson(assignment.source, bench, self._live(assignment, bench, device))
+        lesson = open_lesson(assignment.source, bench, _live(strategy, assignment, bench, device))
         encoded = bench.encoded_lesson(lesson, tokenizer)
         masks = SpreadMasks(model, assignment.prune, chooser)
         try:
@@ -231,13 +240,13 @@ class Crew:
                 teacher=lesson.teacher,
                 hidden=_hidden(model, assignment, lesson, encoded),
                 max_steps=assignment.max_steps,
-                strategy=self.strategy,
+                strategy=strategy,
             )
         except Diverged:
             self.is_broken = False
             raise
         finally:
-            self.strategy.leave()
+            strategy.leave()
         state = gathered(model)
         peaks = torch.zeros(self.ranks.size)
         peaks[self.ranks.rank] = peak_mb(bench.device)
@@ -245,33 +254,35 @@ class Crew:
         self.is_broken = False
         return report, state
 
-    def _filled(
-        self,
-        folder: Path,
-        bench: Bench,
-        removals: list[dict[str, list[int]]],
-        assignment: Assignment,
-        device: torch.device,
-    ) -> PreTrainedModel:
-        """A model that holds what is this rank's of the weights in `folder`."""
-        trust = bench.recipe.model_options(assignment.model).trust_remote_code
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-        model = make_skeleton(bench.task.auto_class(), config, removals, trust_remote_code=trust)
-        bench.set_attention(model)
-        if assignment.numerics is not None:
-            prepare(model, assignment.numerics, ignore=assignment.ignore)
-        self.strategy.fill(model, folder / WEIGHTS, device)
-        return model.eval()
 
-    def _live(
-        self, assignment: Assignment, bench: Bench, device: torch.device
-    ) -> PreTrainedModel | None:
-        """The teacher, which answers while others train, held as the student is."""
-        if not assignment.source.dense:
-            return None
-        plain = Assignment(model=assignment.model, finetune=assignment.finetune, seed=0)
-        model = self._filled(Path(assignment.source.dense), bench, [], plain, device)
-        return self.strategy.answering(model)
+def _filled(
+    strategy: Strategy,
+    folder: Path,
+    bench: Bench,
+    assignment: Assignment,
+    device: torch.device,
+    removals: Sequence[Mapping[str, Sequence[int]]] = (),
+) -> PreTrainedModel:
+    """A model that holds what is this rank's of the weights in `folder`."""
+    trust = bench.recipe.model_options(assignment.model).trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    model = make_skeleton(bench.task.auto_class(), config, removals, trust_remote_code=trust)
+    bench.set_attention(model)
+    if assignment.numerics is not None:
+        prepare(model, assignment.numerics, ignore=assignment.ignore)
+    strategy.fill(model, folder / WEIGHTS, device)
+    return model.eval()
+
+
+def _live(
+    strategy: Strategy, assignment: Assignment, bench: Bench, device: torch.device
+) -> PreTrainedModel | None:
+    """The teacher, which answers while others train, held as the student is."""
+    if not assignment.source.dense:
+        return None
+    plain = Assignment(model=assignment.model, finetune=assignment.finetune, seed=0)
+    folder = Path(assignment.source.dense)
+    return strategy.answering(_filled(strategy, folder, bench, plain, device))
 
 
 def _empty(model: PreTrainedModel) -> None:

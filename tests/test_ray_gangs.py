@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs 
 from orchestrator.recipe import make_recipe  # noqa: E402
 from orchestrator.resources import Resources  # noqa: E402
 from orchestrator.runtimes import Target  # noqa: E402
-from orchestrator.trial import BadInput, Reason, TrialStatus, Work  # noqa: E402
+from orchestrator.trial import BadInput, Reason, TrialConfig, TrialStatus, Work  # noqa: E402
 
 pytestmark = pytest.mark.cluster
 TESTS = Path(__file__).resolve().parent
@@ -49,6 +50,9 @@ def gangs(cluster: ray_cluster.Cluster, tmp_path: Path) -> Iterator[Callable[...
     def make(problems: list[str] | None = None, **resources: Any) -> ray_gangs.RayGangs:
         recipe = SimpleNamespace(
             name="toy",
+            models=[
+                SimpleNamespace(id=model) for model in ("toy", *resources.get("per_model", {}))
+            ],
             resources=Resources(**resources),
             target=Target(),
             resolved=lambda: {"problems": problems},
@@ -229,7 +233,8 @@ def test_a_trial_takes_a_gpu_and_its_share_of_cpus_where_there_are_gpus():
     assert (default.num_cpus, default.num_gpus) == (6, 1)
     assert ray_cluster.capacity(default, Resources(), nodes) == 8 + 4
     two = ray_cluster.gang_shape(Resources(gpus_per_trial=2), nodes, use_gpus=True)
-    assert (two.num_cpus, two.num_gpus) == (12, 2)
+    assert (two.num_workers, two.total) == (2, {"CPU": 12, "GPU": 2})
+    assert ray_cluster.capacity(two, Resources(), nodes) == 4 + 2
     on_cpus = ray_cluster.gang_shape(Resources(), nodes, use_gpus=False)
     assert (on_cpus.num_cpus, on_cpus.num_gpus) == (1, 0)
     assert ray_cluster.capacity(default, Resources(max_gpus=3), nodes) == 3
@@ -298,6 +303,76 @@ def test_a_study_s_own_works_run_on_a_gang(cluster, tmp_path):
     launcher.close()
 
 
+# -- gangs of several workers --------------------------------------------------------------------
+
+
+def followers(folder: Path, count: int) -> list[dict[str, Any]]:
+    """What the workers behind the first were told, once they all follow."""
+    until(lambda: len(list(folder.glob("rank *.json"))) == count)
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank *.json"))]
+
+
+def test_each_worker_of_a_gang_is_told_what_torchrun_would_say(gangs, tmp_path):
+    launcher = gangs(workers_per_trial=3)
+    run(launcher, "answer")
+    told = followers(tmp_path, 2)
+    assert [each["RANK"] for each in told] == [each["LOCAL_RANK"] for each in told] == ["1", "2"]
+    assert {each["WORLD_SIZE"] for each in told} == {"3"}
+    assert len({each["MASTER_PORT"] for each in told}) == 1
+    assert launcher.free() == 1  # the gang itself; another of three would not fit beside it
+    launcher.close()
+    until(lambda: not any(alive(each["pid"]) for each in told))
+    until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+def test_all_workers_die_with_one_and_the_work_may_be_tried_again(gangs, tmp_path):
+    launcher = gangs(workers_per_trial=3)
+    launcher.start(do("hang"))
+    victim, other = followers(tmp_path, 2)
+    until((tmp_path / "hangs").exists)
+    os.kill(victim["pid"], signal.SIGKILL)
+    [event] = ended(launcher)
+    assert isinstance(event, Lost) and event.again and event.reason is Reason.ERROR
+    pids = [other["pid"], *(int((tmp_path / name).read_text()) for name in ("pid", "child"))]
+    until(lambda: not any(map(alive, pids)))
+    until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_gives_no_sign_of_life_is_ended_with_its_gang(gangs, tmp_path, rank):
+    launcher = gangs(workers_per_trial=2, silence_s=10)
+    launcher.start(do("hang"))
+    [follower] = followers(tmp_path, 1)
+    until((tmp_path / "hangs").exists)
+    leader = int((tmp_path / "pid").read_text())
+    launcher.wait(6.0)  # each is heard of once
+    os.kill((leader, follower["pid"])[rank], signal.SIGSTOP)
+    [event] = ended(launcher)
+    assert isinstance(event, Lost) and event.again
+    assert f"rank {rank} of 2 gave no sign of life for 10 s" in event.message
+    until(lambda: not alive(leader) and not alive(follower["pid"]))
+    until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+def test_a_large_gang_gets_its_turn_among_small_ones(gangs, tmp_path):
+    launcher = gangs(per_model={"large": {"workers_per_trial": 4}})
+    small, large = TrialConfig(model="toy"), TrialConfig(model="large")
+    for key in ("a", "b"):
+        launcher.start(Work("trial", key, model=f"wait {key}", config=small))
+        until((tmp_path / f"{key} is waited for").exists)
+    launcher.start(Work("trial", "large", model="answer", config=large))
+    until(lambda: launcher.free() == 0)
+    assert "4 workers of 1 CPU" in launcher.waiting()["large"]
+    (tmp_path / "a").touch()
+    [first] = ended(launcher)
+    assert first.work.key == "a" and launcher.free() == 0  # its gang is not for the next small one
+    (tmp_path / "b").touch()
+    events = ended(launcher, 2)
+    assert [event.work.key for event in events] == ["b", "large"]
+    assert run(launcher, "answer")  # and the large one makes room again
+
+
 DRIVER = """
 import os, signal, sys
 from pathlib import Path
@@ -307,7 +382,7 @@ from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.resources import Resources
 from orchestrator.trial import Work
 from orchestrator.runtimes import Target
-recipe = SimpleNamespace(name="toy", resources=Resources(), target=Target(), resolved=dict)
+recipe = SimpleNamespace(name="toy", models=[SimpleNamespace(id="toy")], resources=Resources(), target=Target(), resolved=dict)
 launcher = RayGangs(recipe, Path(sys.argv[1]), worker="toy_worker:ToyWorker")
 launcher.start(Work("baseline", "w", model=sys.argv[2]))
 assert os.getpgrp() == group

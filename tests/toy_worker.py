@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -22,6 +23,7 @@ class ToyWorker:
         self.recipe, self.folder = recipe, Path(folder)
         self.about = {"pid": os.getpid(), "device": device, "threads": threads}
         self.num_resets, self.size_mb = 0, 100.0
+        self.is_broken = False
 
     def facts(self) -> dict[str, Any]:
         if problems := self.recipe.get("problems"):
@@ -43,6 +45,14 @@ class ToyWorker:
     def rss_mb(self) -> float:
         return self.size_mb
 
+    def follow(self) -> None:
+        """As a rank behind the first: say what it was told, and do as rank 0 does until it ends."""
+        told = {n: os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        path = self.folder / f"rank {told['RANK']}.json"
+        path.with_suffix(".part").write_text(json.dumps({**told, "pid": os.getpid()}))
+        path.with_suffix(".part").rename(path)
+        time.sleep(600)
+
     # -- verbs -----------------------------------------------------------------------------------
 
     def answer(self, argument: str) -> None: ...
@@ -53,6 +63,14 @@ class ToyWorker:
         deadline = time.monotonic() + 60
         while len(list(self.folder.glob("met *"))) < int(other):
             assert time.monotonic() < deadline, "nobody came"
+            time.sleep(0.02)
+
+    def wait(self, file: str) -> None:
+        """Until the file is there."""
+        (self.folder / f"{file} is waited for").touch()
+        deadline = time.monotonic() + 60
+        while not (self.folder / file).exists():
+            assert time.monotonic() < deadline, f"no {file}"
             time.sleep(0.02)
 
     def hang(self, argument: str) -> None:

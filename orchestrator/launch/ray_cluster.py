@@ -22,7 +22,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray
 
-from orchestrator.resources import Resources
+from orchestrator.resources import GangOptions, Resources
 from orchestrator.trial import BadInput
 
 Amounts = Mapping[str, float]
@@ -36,10 +36,11 @@ OBJECT_STORE_BYTES = 100 * 2**20  # through which nothing but reports and measur
 
 @dataclass(frozen=True)
 class Shape:
-    """What one gang takes of one node: amounts by Ray's names, on a node with these labels."""
+    """What each worker of a gang takes: amounts by Ray's names, on a node with these labels."""
 
     amounts: Amounts
     labels: Mapping[str, str] = field(default_factory=dict)
+    num_workers: int = 1
 
     @property
     def num_cpus(self) -> int:
@@ -49,12 +50,21 @@ class Shape:
     def num_gpus(self) -> int:
         return int(self.amounts.get("GPU", 0))
 
+    @property
+    def total(self) -> dict[str, float]:
+        """What the whole gang takes."""
+        return {name: much * self.num_workers for name, much in self.amounts.items()}
+
     def count_in(self, amounts: Amounts) -> int:
-        """How many of it there are in `amounts`."""
+        """How many such gangs there are in `amounts`, wherever they lie."""
+        return self.workers_in(amounts) // self.num_workers
+
+    def workers_in(self, amounts: Amounts) -> int:
         return min(int(amounts.get(name, 0) // much) for name, much in self.amounts.items() if much)
 
     def __str__(self) -> str:
-        return said({**self.amounts, **self.labels})
+        each = said({**self.amounts, **self.labels})
+        return each if self.num_workers == 1 else f"{self.num_workers} workers of {each}"
 
 
 def said(amounts: Mapping[str, object]) -> str:
@@ -66,18 +76,29 @@ def said(amounts: Mapping[str, object]) -> str:
     )
 
 
-def gang_shape(resources: Resources, nodes: Sequence[Node], *, use_gpus: bool) -> Shape:
-    """What a trial's gang takes, with the defaults that hang on the cluster."""
+def gang_shape(
+    resources: Resources,
+    nodes: Sequence[Node],
+    *,
+    use_gpus: bool,
+    options: GangOptions | None = None,
+) -> Shape:
+    """What a trial's gang takes, with the defaults that hang on the cluster.
+
+    `options` are those of its model, where it has its own.
+    """
+    options = options or resources
     offers = [node["Resources"] for node in nodes]
     with_gpus = [offer for offer in offers if offer.get("GPU", 0)] if use_gpus else []
-    gpus, cpus = resources.gpus_per_trial, resources.cpus_per_trial
+    gpus, cpus, workers = options.gpus_per_trial, options.cpus_per_trial, options.num_workers
     if gpus is None:
-        gpus = 1 if with_gpus else 0
+        gpus = workers if with_gpus else 0
     if cpus is None:
         shares = [gpus * offer.get("CPU", 0) // offer["GPU"] for offer in with_gpus]
-        cpus = max(1, int(min(shares, default=1)))
-    amounts = {"CPU": cpus, "GPU": gpus, **resources.custom}
-    return Shape({name: much for name, much in amounts.items() if much}, resources.labels)
+        cpus = int(min(shares, default=workers))
+    each = {"CPU": max(1, cpus // workers), "GPU": gpus / workers}
+    each |= {name: much / workers for name, much in resources.custom.items()}
+    return Shape({n: much for n, much in each.items() if much}, resources.labels, workers)
 
 
 def capacity(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> int:
@@ -99,17 +120,33 @@ def check_room(
 def _caps(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> dict[str, int]:
     """How many gangs each bound allows, by its name."""
     offers = [node["Resources"] for node in nodes if _has(node, shape.labels)]
+    workers = sum(shape.workers_in(offer) for offer in offers)
     caps = {
-        "the cluster": sum(shape.count_in(offer) for offer in offers),
+        "the cluster": workers // shape.num_workers,
         "resources.max_gangs": resources.max_gangs,
-        "resources.max_cpus": _parts(resources.max_cpus, shape.num_cpus),
-        "resources.max_gpus": _parts(resources.max_gpus, shape.num_gpus),
+        "resources.max_cpus": _parts(resources.max_cpus, shape.total["CPU"]),
+        "resources.max_gpus": _parts(resources.max_gpus, shape.total.get("GPU", 0)),
     }
     return {name: cap for name, cap in caps.items() if cap is not None}
 
 
-def _parts(limit: int | None, each: int) -> int | None:
-    return None if limit is None or not each else limit // each
+def _parts(limit: int | None, each: float) -> int | None:
+    return None if limit is None or not each else int(limit // each)
+
+
+def left(used: Sequence[Shape], resources: Resources, nodes: Sequence[Node]) -> dict[str, float]:
+    """What a study that has gangs of these shapes may still take, by name."""
+    found: dict[str, float] = {}
+    for node in nodes:
+        for name, much in node["Resources"].items():
+            found[name] = found.get(name, 0.0) + much
+    for name, limit in (("CPU", resources.max_cpus), ("GPU", resources.max_gpus)):
+        if limit is not None:
+            found[name] = min(found.get(name, 0.0), limit)
+    for shape in used:
+        for name, much in shape.total.items():
+            found[name] = found.get(name, 0.0) - much
+    return found
 
 
 def on_nodes(names: Sequence[str]) -> dict[str, str]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import atexit
 import math
+import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray r
     capacity,
     check_room,
     gang_shape,
+    left,
     on_nodes,
     said,
 )
@@ -38,6 +40,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.artifact import DamagedArtifact
 from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.ray_kinds import Kinds, environment
+from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.trial import BadInput, Reason, Work
 
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 
 TIMED = ("speed", "timings")  # works that run on machines of the target's kind
 POLL_S = 1.0  # between looks at deadlines; news come at once
+PLACING_S = 2.0  # a gang that takes longer to be placed waits for room
 LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
 GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
 
@@ -55,11 +59,15 @@ GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it s
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker hands back: a value, or the problems in its way; its size afterwards."""
+    """What a worker hands back: a value, or the problems in its way; its size afterwards.
+
+    A gang that `is_broken` has ranks which wait for something that will not come.
+    """
 
     value: Any = None
     problems: tuple[str, ...] = ()
     rss_mb: float = 0.0
+    is_broken: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,17 @@ class RayWorker:
         module, _, name = self._worker.partition(":")
         return getattr(import_module(module), name)(**self._arguments)
 
+    def place(self) -> Place:
+        return here()
+
+    def join(self, rank: int, *places: Place) -> None:
+        """Become that rank of the gang whose workers are at `places`; nothing is imported yet."""
+        os.environ.update(rank_environment(rank, places))
+
+    def follow(self) -> None:
+        """Train what rank 0 leads, until it lets go."""
+        self.worker.follow()
+
     def facts(self) -> Answer:
         try:
             return Answer(self.worker.facts())
@@ -100,6 +119,8 @@ class RayWorker:
             value = self.worker.do(work, lambda stage: self._say(work, stage))
         except Exception as error:
             problems = (_explained(error),)
+        if self.worker.is_broken:
+            return Answer(value, problems, is_broken=True)
         self.worker.reset()
         return Answer(value, problems, self.worker.rss_mb())
 
@@ -131,36 +152,63 @@ class Gang:
     """Workers on a placement group of their own, kept from one work to the next.
 
     `work` is what it does now, `begun` whether a worker has said so, `memory_mb` the size of its
-    first worker after each work.
+    first worker after each work; it `lacks_room` if there was none when it came. Workers behind the first follow it: `following` ends only where
+    one fails. `beats` are their signs of life.
     """
 
     def __init__(self, shape: Shape, *, name: str, worker: str, arguments: dict[str, Any]) -> None:
         self.shape = shape
         self.work: Work | None = None
         self.answer: ray.ObjectRef | None = None
-        self.begun = False
+        self.begun = self.lacks_room = False
         self.since = time.monotonic()  # of the work, else of idleness
         self.memory_mb: list[float] = []
         self.heard = 0
         self.place = placement_group(
-            [dict(shape.amounts)],
+            [dict(shape.amounts)] * shape.num_workers,
             name=name,
-            bundle_label_selector=[dict(shape.labels)] if shape.labels else None,
+            bundle_label_selector=[dict(shape.labels)] * shape.num_workers
+            if shape.labels
+            else None,
         )
         self.placing: ray.ObjectRef | None = self.place.ready()
-        self.actors = [self._actor(shape, worker, arguments)]
+        self.actors = [self._actor(rank, worker, arguments) for rank in range(shape.num_workers)]
+        self.places = [actor.place.remote() for actor in self.actors]
+        self.following: list[ray.ObjectRef] = []
+        if shape.num_workers > 1:
+            for rank, actor in enumerate(self.actors):
+                actor.join.remote(rank, *self.places)
+            self.following = [actor.follow.remote() for actor in self.actors[1:]]
         self.news = self.ask("news", 0)
+        self.beats = {self._beat(rank): rank for rank in range(1, shape.num_workers)}
+        self.alive_at = [math.inf] * shape.num_workers  # until first heard of
 
-    def _actor(self, shape: Shape, worker: str, arguments: dict[str, Any]) -> Any:
+    def _actor(self, rank: int, worker: str, arguments: dict[str, Any]) -> Any:
+        shape = self.shape
         custom = {n: much for n, much in shape.amounts.items() if n not in ("CPU", "GPU")}
         options = REMOTE_WORKER.options(
             num_cpus=shape.num_cpus,
             num_gpus=shape.num_gpus,
             resources=custom,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.place),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, rank),
             runtime_env={"env_vars": environment(shape.num_cpus)},
         )
         return options.remote(worker, arguments)
+
+    def _beat(self, rank: int) -> ray.ObjectRef:
+        return self.actors[rank].news.options(concurrency_group="news").remote(0)
+
+    def hear_beat(self, beat: ray.ObjectRef) -> None:
+        """Raises `RayError` where the worker is gone."""
+        rank = self.beats.pop(beat)
+        ray.get(beat)
+        self.alive_at[rank] = time.monotonic()
+        self.beats[self._beat(rank)] = rank
+
+    def silent(self, limit_s: float) -> list[int]:
+        """Ranks that have been heard of, but not for so long."""
+        now = time.monotonic()
+        return [rank for rank, at in enumerate(self.alive_at) if now - at > limit_s]
 
     def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
         """Call a method of the first worker; it tells its news while it works."""
@@ -199,6 +247,15 @@ class Gang:
                 ray.kill(actor)
             remove_placement_group(self.place)
 
+    def end_silent(self, ranks: Sequence[int]) -> None:
+        """End processes that do not listen, such as stopped ones."""
+        with suppress(RayError):
+            placed: list[Place] = ray.get([self.places[rank] for rank in ranks], timeout=POLL_S)
+            ray.wait([end_process(place) for place in placed], timeout=LOOK_S)
+
+
+Hear = Callable[[Gang, "ray.ObjectRef"], list[Event]]
+
 
 class RayGangs:
     """A launcher of warm gangs. Joins Ray, or starts it here, when it is first asked for room.
@@ -216,6 +273,7 @@ class RayGangs:
     ) -> None:
         self.hear: Callable[[Told], None] = lambda told: None
         self.name, self.resources, self.target = recipe.name, recipe.resources, recipe.target
+        self.models = [options.id for options in recipe.models]
         self.gangs: list[Gang] = []
         self._worker = worker
         self._use_gpus = device != "cpu"
@@ -232,12 +290,26 @@ class RayGangs:
         return Cluster(self.resources.address)
 
     @cached_property
-    def shape(self) -> Shape:
-        """What each gang takes. Raises `BadInput` where the cluster has no such room."""
+    def shapes(self) -> dict[str, Shape]:
+        """What each model's gangs take. Raises `BadInput` where the cluster has no such room."""
         nodes = self.cluster.nodes()
-        shape = gang_shape(self.resources, nodes, use_gpus=self._use_gpus)
-        check_room(shape, self.resources, nodes)
-        return shape
+        found = {}
+        for model in self.models:
+            shape = gang_shape(
+                self.resources,
+                nodes,
+                use_gpus=self._use_gpus,
+                options=self.resources.of(model),
+            )
+            named = f"resources.per_model.{model}" if model in self.resources.per_model else ""
+            check_room(shape, self.resources, nodes, what=named or "resources")
+            found[model] = shape
+        return found
+
+    @property
+    def shape(self) -> Shape:
+        """The least that a trial takes."""
+        return min(self.shapes.values(), key=lambda s: (s.total.get("GPU", 0), s.total["CPU"]))
 
     @cached_property
     def speed_shape(self) -> Shape:
@@ -274,8 +346,10 @@ class RayGangs:
         if "cluster" not in self.__dict__:
             return 1  # nothing is joined or started before there is a work
         self._hand_back()
+        if any(self._waits_for_room(gang) for gang in self._working()):
+            return 0  # what comes later, and takes less, does not go before it
         idle = sum(self._trains(gang) for gang in self._idle())
-        most = self._room() + len(self._idle()) - idle
+        most = self._room(self.shape) + len(self._idle()) - idle
         if most > 0 and not self.cluster.is_own:  # others take of it too
             most = min(most, self.shape.count_in(self.cluster.available()))
         return max(idle + max(0, most), 0 if self._working() else 1)
@@ -319,19 +393,24 @@ class RayGangs:
     def _idle(self) -> list[Gang]:
         return [gang for gang in self.gangs if not gang.work]
 
-    def _trains(self, gang: Gang) -> bool:
+    def _trains(self, gang: Gang, model: str = "") -> bool:
         """Whether trials may run on it; one that was made to measure may lack a GPU, or labels."""
-        same = gang.shape.amounts == self.shape.amounts
-        return same and self.shape.labels in ({}, gang.shape.labels)
+        shapes = [self.shapes[model]] if model in self.shapes else self.shapes.values()
+        return any(
+            (gang.shape.amounts, gang.shape.num_workers) == (shape.amounts, shape.num_workers)
+            and shape.labels in ({}, gang.shape.labels)
+            for shape in shapes
+        )
 
     def _fits(self, gang: Gang, work: Work) -> bool:
         if work.kind in TIMED and work.timed_on:
             return gang.node in self._nodes_of(work.timed_on)
-        return self._trains(gang)
+        return self._trains(gang, _model_of(work))
 
     def _shape_for(self, work: Work) -> Shape:
+        model = _model_of(work)
         if work.kind not in TIMED or not work.timed_on:
-            return self.shape
+            return self.shapes.get(model, self.shape)
         nodes = self._nodes_of(work.timed_on)
         if len(nodes) in (0, len(self.cluster.nodes())):  # trials may run on it as well
             return self.shape
@@ -345,20 +424,32 @@ class RayGangs:
             kinds = self._kinds.of(self.cluster.nodes())
         return sorted(name for name, found in kinds.items() if found == kind)
 
-    def _room(self) -> int:
-        """How many gangs may come to those that are there."""
-        return capacity(self.shape, self.resources, self.cluster.nodes()) - len(self.gangs)
+    def _room(self, shape: Shape) -> int:
+        """How many gangs of a shape may come to those that are there."""
+        nodes = self.cluster.nodes()
+        alike = sum(gang.shape == shape for gang in self.gangs)
+        most = capacity(shape, self.resources, nodes) - alike
+        if self.resources.max_gangs is not None:
+            most = min(most, self.resources.max_gangs - len(self.gangs))
+        used = [gang.shape for gang in self.gangs]
+        return min(most, shape.count_in(left(used, self.resources, nodes)))
+
+    def _waits_for_room(self, gang: Gang) -> bool:
+        late = time.monotonic() - gang.since > PLACING_S
+        return bool(gang.placing) and (gang.lacks_room or late)
 
     def _new_gang(self, shape: Shape) -> Gang:
-        """In the place of an idle one where the study may have no more."""
-        if self._room() <= 0 and (idle := self._idle()):
+        """In the place of idle ones where the study may have no more."""
+        while self._room(shape) <= 0 and (idle := self._idle()):
             self._end(min(idle, key=lambda gang: gang.since))
+        lacks_room = self._room(shape) <= 0
         gang = Gang(
             shape,
             name=f"{self.name}-{secrets.token_hex(4)}",
             worker=self._worker,
             arguments={**self._arguments, "threads": shape.num_cpus},
         )
+        gang.lacks_room = lacks_room
         self.gangs.append(gang)
         return gang
 
@@ -367,10 +458,11 @@ class RayGangs:
         gang.end()
 
     def _hand_back(self) -> None:
-        """What a cluster lent and nothing is done with."""
-        for gang in list(self.gangs):
-            idle = not gang.work and time.monotonic() - gang.since > self.resources.idle_s
-            if idle and not self.cluster.is_own:
+        """What nothing is done with: to a gang that waits for room, else to the cluster that lent it."""
+        wanted = any(self._waits_for_room(gang) for gang in self._working())
+        for gang in self._idle():
+            unused = time.monotonic() - gang.since > self.resources.idle_s
+            if wanted or (unused and not self.cluster.is_own):
                 self._end(gang)
 
     def _relieve(self, idle: Gang) -> None:
@@ -399,39 +491,61 @@ class RayGangs:
             assert gang.work
             self._end(gang)
             lost.append(Lost(gang.work, Reason.TIMEOUT, message, again=False))
+        for gang in self._working():
+            if ranks := gang.silent(self.resources.silence_s):
+                assert gang.work
+                who = ", ".join(f"rank {rank}" for rank in ranks)
+                why = f"{who} of {gang.shape.num_workers} gave no sign of life for "
+                self._end(gang)
+                gang.end_silent(ranks)
+                message = f"{why}{self.resources.silence_s:g} s, see resources.silence_s"
+                lost.append(Lost(gang.work, Reason.ERROR, message))
         return lost
 
     def _hear(self, timeout: float) -> list[Event]:
         """The next thing that any gang has to say, if there is one in time."""
-        refs: dict[ray.ObjectRef, tuple[Gang, Callable[[Gang], list[Event]]]] = {}
+        refs: dict[ray.ObjectRef, tuple[Gang, Hear]] = {}
         for gang in self._working():
             refs |= {gang.news: (gang, self._hear_news), gang.answer: (gang, self._hear_answer)}
             if gang.placing:
                 refs[gang.placing] = (gang, self._hear_placed)
+            refs |= dict.fromkeys((*gang.following, *gang.beats), (gang, self._hear_follower))
         ready, _ = ray.wait(list(refs), timeout=max(0.0, timeout))
         for ref in ready:
             gang, hear = refs[ref]
-            return hear(gang)
+            return hear(gang, ref)
         return []
 
-    def _hear_placed(self, gang: Gang) -> list[Event]:
+    def _hear_follower(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
+        """A worker behind the first lives, or has failed."""
+        try:
+            if ref in gang.beats:
+                gang.hear_beat(ref)
+                return []
+            ray.get(ref)
+        except RayError as error:
+            return self._lose(gang, error)
+        return self._lose(gang, RayError("a worker left its gang"))
+
+    def _hear_placed(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         gang.placing = None
         gang.since = time.monotonic()
         return []
 
-    def _hear_news(self, gang: Gang) -> list[Event]:
+    def _hear_news(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         try:
             news: News = ray.get(gang.news)
         except RayError as error:
             return self._lose(gang, error)
         gang.news = gang.ask("news", news.number)
+        gang.alive_at[0] = time.monotonic()
         if gang.work and gang.work == news.work and news.number > gang.heard:
             gang.begun, gang.heard = True, news.number
             if news.stage:
                 self.hear(Told(gang.work, news.stage))
         return []
 
-    def _hear_answer(self, gang: Gang) -> list[Event]:
+    def _hear_answer(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         work = gang.work
         assert work and gang.answer
         try:
@@ -440,7 +554,11 @@ class RayGangs:
             return self._lose(gang, error)
         gang.finish()
         gang.memory_mb.append(answer.rss_mb)
-        if gang.has_grown or len(gang.memory_mb) >= self.resources.recycle_after:
+        if (
+            answer.is_broken
+            or gang.has_grown
+            or len(gang.memory_mb) >= self.resources.recycle_after
+        ):
             self._end(gang)
         else:
             self._relieve(gang)
@@ -452,9 +570,17 @@ class RayGangs:
         """What became of a gang whose process is gone."""
         assert gang.work
         self._end(gang)
-        reason = Reason.OOM if isinstance(error, OutOfMemoryError) else Reason.ERROR
+        is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
+        reason = Reason.OOM if is_full else Reason.ERROR
         again = not isinstance(error, RayTaskError) and not _never_started(error)
         return [Lost(gang.work, reason, _words(error), again=again)]
+
+
+def _model_of(work: Work) -> str:
+    """The base model that a work trains, "" where it trains none."""
+    if work.kind == "baseline":
+        return work.model
+    return work.config.model if work.kind == "trial" and work.config else ""
 
 
 def _never_started(error: RayError) -> bool:
