@@ -366,6 +366,7 @@ class RayGangs:
     def wait(self, timeout: float | None = None) -> list[Event]:
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._working():
+            self._hand_back()
             events = self._overdue() or self._hear(min(POLL_S, until - time.monotonic()))
             if events or time.monotonic() >= until:
                 return events
