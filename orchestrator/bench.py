@@ -160,8 +160,10 @@ class Bench:
 
     # -- models ----------------------------------------------------------------------------------
 
-    def base(self, model: str) -> Base:
-        if model not in self._bases:
+    def base(self, model: str, *, with_weights: bool = False) -> Base:
+        """A base model; its weights are given back once the dense baseline stands."""
+        found = self._bases.get(model)
+        if found is None or (with_weights and found.model.device.type == "meta"):
             self._bases[model] = load_base(
                 self.recipe.model_options(model),
                 self.task,
@@ -180,6 +182,7 @@ class Bench:
         """The dense baseline: the best on validation of its grid, trained at most once a study."""
         if model not in self._dense:
             self._dense[model] = make_dense(model, self, note)
+            self.base(model).model.to("meta")
         return self._dense[model]
 
     def dense_config(self, model: str, options: FinetuneOptions) -> TrialConfig:

@@ -51,7 +51,8 @@ def make_dense(model: str, bench: Bench, note: Note) -> Dense:
     }
 
     def build(folder: Path) -> None:
-        made = _Grid(model, base, bench, note).train(grid)
+        whole = bench.base(model, with_weights=True)
+        made = _Grid(model, whole, bench, note).train(grid)
         made.start.save_pretrained(folder / "start")
         made.baseline.save_pretrained(folder / "baseline")
         base.tokenizer.save_pretrained(folder / "baseline")
