@@ -7,18 +7,25 @@ may go on from it, what its optimizer has gathered and its random numbers lie be
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors import safe_open
+from safetensors.torch import load_model, save_file, save_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from orchestrator import optimizer_state
 from orchestrator.prune.tree import removals, shrink
 from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import set_enabled
+from orchestrator.ranks import Ranks
+from orchestrator.shards import gathered
+from orchestrator.skeleton import Stored, aliases
+from orchestrator.stages import folder_sha256
 
 WEIGHTS, ABOUT, GATHERED = "model.safetensors", "about.json", "optimizer.safetensors"
 RANDOM = "random."
@@ -30,11 +37,11 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     details: dict[str, Any],
-    gathered: Gathered | None = None,
+    optimizer: Gathered | None = None,
 ) -> None:
     """Weights, fake-quant state, which units are left, the tokenizer, and `details` (JSON values)."""
-    if gathered is not None:
-        save_file(gathered, folder / GATHERED)
+    if optimizer is not None:
+        save_file(optimizer, folder / GATHERED)
     save_model(model, str(folder / WEIGHTS))
     tokenizer.save_pretrained(folder / "tokenizer")
     about = {"removals": removals(model), "details": details}
@@ -63,41 +70,70 @@ def removals_in(folder: Path) -> list[dict[str, list[int]]]:
 # -- going on ------------------------------------------------------------------------------------
 
 
-def gather(optimizer: torch.optim.Optimizer) -> Gathered:
-    """What an optimizer knows of its parameters, by their place, and where random numbers stand."""
-    state = optimizer.state_dict()["state"]
-    found = {
-        f"{place}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
-        for place, values in state.items()
-        for name, value in values.items()
-    }
-    found[f"{RANDOM}cpu"] = torch.get_rng_state()
+def gather(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Gathered:
+    """What the optimizer knows of each parameter, and where random numbers stand on each rank.
+
+    It is found on rank 0, and on the others nothing. Together.
+    """
+    found = optimizer_state.gather(model, optimizer)
+    ranks = Ranks.here()
+    for name, state in _random_states().items():
+        for rank in range(ranks.size):
+            own = state if rank == ranks.rank else torch.zeros_like(state)
+            found[f"{RANDOM}{name}.{rank}"] = ranks.total(own.to(torch.int32)).to(torch.uint8)
+    return found if ranks.rank == 0 else {}
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        found[f"{RANDOM}cuda"] = torch.cuda.get_rng_state()
-    return found
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """A training that is `step` steps along, saved in `folder`."""
+    """A training that is `step` steps along, saved in `folder`.
+
+    `progress` is there where the very training was interrupted: its losses and times so far.
+    `is_placed` where the model has the weights already.
+    """
 
     folder: Path
     step: int
+    progress: dict[str, Any] | None = None
+    is_placed: bool = False
+
+    def place(self, model: torch.nn.Module) -> None:
+        """Put the weights where they were."""
+        if not self.is_placed:
+            place_weights(model, self.folder)
 
     def restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put model, optimizer and random numbers where they were."""
-        load_model(model, str(self.folder / WEIGHTS))
-        gathered = load_file(self.folder / GATHERED)
-        torch.set_rng_state(gathered.pop(f"{RANDOM}cpu"))
-        if (random := gathered.pop(f"{RANDOM}cuda", None)) is not None:
-            torch.cuda.set_rng_state(random)
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in gathered.items():
-            place, _, what = name.partition(".")
-            state.setdefault(int(place), {})[what] = value
-        optimizer.load_state_dict(
-            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        """Put optimizer and random numbers where they were. Together."""
+        with safe_open(self.folder / GATHERED, framework="pt") as stored:
+            names = set(stored.keys())
+            optimizer_state.restore(model, optimizer, names, stored.get_tensor)
+            for device in _random_states():
+                name = f"{RANDOM}{device}.{Ranks.here().rank}"
+                if name in names:  # there may have been fewer ranks
+                    _set_random(device, stored.get_tensor(name))
+
+
+def _set_random(device: str, state: torch.Tensor) -> None:
+    if device == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state)
+
+
+def place_weights(model: torch.nn.Module, folder: Path) -> None:
+    """Give a whole model the weights that are saved in `folder`."""
+    stored = Stored(folder / WEIGHTS)
+    with torch.no_grad():
+        for names, parameter in aliases(model):
+            parameter.copy_(stored.read(names))
+    stored.fill_buffers(model)
 
 
 def earlier(folder: Path) -> Earlier | None:
@@ -106,3 +142,67 @@ def earlier(folder: Path) -> Earlier | None:
         return None
     about = json.loads((folder / ABOUT).read_text())
     return Earlier(folder, about["details"]["training"]["steps"])
+
+
+@dataclass(frozen=True)
+class Saver:
+    """Writes down a training every so many steps, so that an interrupted one goes on from there.
+
+    In `folder` lies the last of them, whole; no pickle is in it.
+    """
+
+    folder: Path
+    every: int
+
+    def is_due(self, step: int) -> bool:
+        return self.every > 0 and step % self.every == 0
+
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: dict[str, Any],
+    ) -> None:
+        """Weights, optimizer and random numbers after `step`, from all ranks. Together."""
+        weights, gathered_state = gathered(model), gather(model, optimizer)
+        if Ranks.here().rank > 0:
+            return
+        parameters = dict(model.named_parameters())
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            if name in persistent and name not in parameters:
+                weights[name] = buffer.detach().cpu().contiguous()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f".step-{step}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        save_file({name: value.contiguous() for name, value in weights.items()}, part / WEIGHTS)
+        save_file(gathered_state, part / GATHERED)
+        seal = {"step": step, "progress": progress, "sha256": folder_sha256(part)}
+        (part / ABOUT).write_text(json.dumps(seal))
+        before = self._all()
+        part.rename(self.folder / f"step-{step}")
+        for folder in before:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def last(self) -> Earlier | None:
+        """The last that is intact; others are removed."""
+        for folder in reversed(self._all()):
+            try:
+                seal = json.loads((folder / ABOUT).read_text())
+                intact = seal["sha256"] == folder_sha256(folder, leave_out=frozenset({ABOUT}))
+            except (OSError, ValueError, KeyError):
+                intact = False
+            if intact:
+                return Earlier(folder, seal["step"], seal["progress"])
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def forget(self) -> None:
+        """The training is over."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        found = self.folder.glob("step-*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +53,15 @@ def make_dense(model: str, bench: Bench, note: Note) -> Dense:
 
     def build(folder: Path) -> None:
         whole = bench.base(model, with_weights=True)
-        made = _Grid(model, whole, bench, note).train(grid)
+        going = bench.stages.beside("dense", inputs, version=VERSION)
+        made = _Grid(model, whole, bench, note, going=going).train(grid)
         made.start.save_pretrained(folder / "start")
         made.baseline.save_pretrained(folder / "baseline")
         base.tokenizer.save_pretrained(folder / "baseline")
         config = bench.dense_config(model, made.options)
         text = {"config": config.model_dump(mode="json"), "candidates": made.candidates}
         (folder / "dense.json").write_text(json.dumps(text, indent=1))
+        shutil.rmtree(going, ignore_errors=True)
 
     folder = bench.stages.once("dense", inputs, build, version=VERSION)
     found = json.loads((folder / "dense.json").read_text())
@@ -87,8 +90,9 @@ class _Candidate:
 class _Grid:
     """Trains dense models from one base and scores them on validation."""
 
-    def __init__(self, name: str, base: Base, bench: Bench, note: Note) -> None:
+    def __init__(self, name: str, base: Base, bench: Bench, note: Note, *, going: Path) -> None:
         self.name, self.base, self.bench, self.note = name, base, bench, note
+        self.going = going
         self.candidates: list[dict[str, Any]] = []
 
     def train(self, grid: list[FinetuneOptions]) -> _Trained:
@@ -145,7 +149,9 @@ class _Grid:
             max_steps=bench.steps_limit if trains(options) else 0,
         )
         try:
-            report = train(model, assignment, bench, tokenizer=self.base.tokenizer)
+            number = len(self.candidates)
+            tokenizer, going = self.base.tokenizer, self.going / str(number)
+            report, _ = train(model, assignment, bench, tokenizer=tokenizer, going=going)
         except Diverged as reason:
             line["diverged"] = str(reason)
             return None

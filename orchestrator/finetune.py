@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from orchestrator.checkpoint import Earlier
+    from orchestrator.checkpoint import Earlier, Saver
     from orchestrator.distill import Teacher
     from orchestrator.predict import Batch
     from orchestrator.tasks import Encoded, Task
@@ -105,15 +105,16 @@ def finetune(
     on_log: OnLog | None = None,
     max_steps: int | None = None,
     earlier: Earlier | None = None,
-    on_end: Callable[[torch.optim.Optimizer], None] | None = None,
+    saver: Saver | None = None,
+    on_end: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
     strategy: Strategy = SINGLE,
 ) -> TrainingReport:
     """Train `model` in place and leave it in evaluation mode.
 
-    `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
-    the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
-    options' own. Steps go on from where `earlier` stands, as if they had been taken here; `on_end`
-    gets the optimizer after the last. On a CPU the same seed gives the same weights. All ranks of
+    `on_step(step, num_steps)` is called with the number of steps taken, mostly 0, before the
+    first optimizer step and with k after the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
+    options' own. Steps go on from where `earlier` stands, as if they had been taken here, and
+    `saver` writes them down; `on_end` gets model and optimizer after the last. On a CPU the same seed gives the same weights. All ranks of
     a process group call this with the same arguments and the part of the model that `strategy`
     lets them hold; a step is over the same rows however many they are. Raises `Diverged`.
     """
@@ -148,10 +149,12 @@ def finetune(
     )
 
     set_seed(seed + ranks.rank)  # each rank drops out other units
+    if earlier:
+        earlier.place(model)
     strategy.place(model, device)
     model.train()
     for callback in on_step:
-        callback(0, num_steps)
+        callback(begin, num_steps)
     with (
         frozen(model, options.freeze),
         dropout_at(options.dropout, model),
@@ -174,7 +177,10 @@ def finetune(
         )
         if earlier:
             earlier.restore(model, optimizer)
-        pace = Pace(ranks)
+        progress = earlier and earlier.progress
+        if progress:
+            curve.restore(progress["curve"])
+        pace = Pace(ranks, progress and progress["pace"])
         for step in range(begin + 1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
@@ -200,12 +206,15 @@ def finetune(
             for callback in on_step:
                 callback(step, num_steps)
             pace.end_step()
+            if saver and saver.is_due(step) and step < num_steps:
+                said = {"curve": curve.state(), "pace": pace.summary()}
+                saver.save(step, model, optimizer, said)
         if on_end is not None:
-            on_end(optimizer)
+            on_end(model, optimizer)
     model.eval()
     return TrainingReport(
         steps=num_steps,
-        steps_before=begin,
+        steps_before=begin if earlier and not earlier.progress else 0,
         epochs=num_steps * accumulation / batches_an_epoch,
         losses=tuple(curve.points),
         **pace.summary(),

@@ -41,6 +41,20 @@ class LossCurve:
         self._on_log, self._check_each, self._ranks = on_log, check_each, ranks
         self._since, self._sums = begin, torch.zeros(2)
 
+    def state(self) -> dict[str, Any]:
+        """Of all ranks, for `restore`. Together."""
+        sums = self._ranks.total(self._sums.clone()).tolist()
+        return {"points": self.points, "since": self._since, "sums": sums}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a curve was interrupted."""
+        import torch
+
+        self.points = [(int(step), float(loss)) for step, loss in state["points"]]
+        self._since = int(state["since"])
+        if self._ranks.rank == 0:  # what the others added is in it
+            self._sums = torch.tensor(state["sums"])
+
     def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Raises `Diverged` for a loss or gradient that is not finite."""
         import torch
@@ -62,10 +76,13 @@ class LossCurve:
 
 
 class Pace:
-    """How long steps take, and over how many tokens of all ranks."""
+    """How long steps take, and over how many tokens of all ranks.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    `before` is the summary of the steps before an interruption.
+    """
+
+    def __init__(self, ranks: Ranks, before: dict[str, Any] | None = None) -> None:
+        self._ranks, self._before = ranks, before or {}
         self._ends = [time.perf_counter()]
         self._tokens, self._positions = 0, [0]
 
@@ -87,10 +104,13 @@ class Pace:
         warm = slice(1, None) if len(seconds) > 1 else slice(None)
         medians = [seconds[warm], seconds[warm] / positions[warm]]
         step, position = (float(np.median(m)) if len(m) else 0.0 for m in medians)
-        return {
+        found = {
             "seconds": self._ends[-1] - self._ends[0],
-            "step_seconds": step,
-            "position_seconds": position,
+            "step_seconds": step or self._before.get("step_seconds", 0.0),
+            "position_seconds": position or self._before.get("position_seconds", 0.0),
             "tokens": tokens,
             "positions": int(positions.sum()),
         }
+        for name in ("seconds", "tokens", "positions"):
+            found[name] += self._before.get(name, 0)
+        return found

@@ -91,7 +91,8 @@ class Resources(GangOptions):
     take. `labels` and `custom` go to Ray: node labels that a gang's node must have, and custom
     resources of each gang. A work that runs longer than `time_limit_s` is ended, as is one with a
     worker that gives no sign of life for `silence_s`; one whose worker died or fell silent is tried `max_attempts` times in all. A worker is replaced after `recycle_after`
-    works and handed back to the cluster when idle for `idle_s`.
+    works and handed back to the cluster when idle for `idle_s`. Training writes a checkpoint every
+    `save_steps` optimizer steps, from which an interrupted trial goes on; 0 writes none.
     """
 
     engine: Literal["ray", "inline"] = "ray"
@@ -107,6 +108,7 @@ class Resources(GangOptions):
     max_attempts: int = Field(3, ge=1)
     recycle_after: int = Field(50, ge=1)
     idle_s: float = Field(60.0, gt=0)
+    save_steps: int = Field(500, ge=0)
 
     @model_validator(mode="after")
     def _check_engine(self) -> Self:

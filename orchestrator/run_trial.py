@@ -55,7 +55,7 @@ from orchestrator.trial import (
     TrialStatus,
 )
 
-TRAINED_VERSION = 1
+TRAINED_VERSION = 2
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "bad allocation",
@@ -180,7 +180,8 @@ def _train_once(
 
     def build(folder: Path) -> None:
         earlier = bench.shorter_training(config, inputs, version=TRAINED_VERSION)
-        done.append(_train(config, numerics, bench, clock, earlier=earlier))
+        going = bench.stages.beside("trained", inputs, version=TRAINED_VERSION)
+        done.append(_train(config, numerics, bench, clock, earlier=earlier, going=going))
         trained = done[0]
         trained.model.cpu()
         checkpoint.save(folder, trained.model, trained.tokenizer, trained.details, trained.gathered)
@@ -200,6 +201,7 @@ def _train(
     clock: Clock,
     *,
     earlier: checkpoint.Earlier | None = None,
+    going: Path | None = None,
 ) -> Trained:
     quantize = QuantizeOptions(**config.quantize)
     options = FinetuneOptions(**config.finetune)
@@ -213,7 +215,7 @@ def _train(
     if numerics is not None:
         prepare(model, numerics, ignore=quantize.ignore)
 
-    training, gathered = _finetune(model, pruned, config, numerics, bench, earlier, clock)
+    training, gathered = _finetune(model, pruned, config, numerics, bench, earlier, going, clock)
     for pruning in pruned.prunings:
         pruning.finish()
     set_enabled(model, True)
@@ -255,14 +257,10 @@ def _finetune(
     numerics: Numerics | None,
     bench: Bench,
     earlier: checkpoint.Earlier | None,
+    going: Path | None,
     clock: Clock,
 ) -> tuple[TrainingReport, checkpoint.Gathered | None]:
     options, quantize = FinetuneOptions(**config.finetune), QuantizeOptions(**config.quantize)
-    gathered: list[checkpoint.Gathered] = []
-
-    def gather(optimizer: torch.optim.Optimizer) -> None:
-        gathered.append(checkpoint.gather(optimizer))
-
     assignment = Assignment(
         model=config.model,
         finetune=options,
@@ -276,16 +274,16 @@ def _finetune(
         source=bench.source(config.model, options, clock),
     )
     clock("finetune")
-    report = train(
+    return train(
         model,
         assignment,
         bench,
         tokenizer=pruned.tokenizer,
         prunings=pruned.prunings,
         earlier=earlier,
-        on_end=gather if can_go_on(config) else None,
+        going=going,
+        gathers=can_go_on(config),
     )
-    return report, gathered[0] if gathered else None
 
 
 def _converted(

@@ -47,18 +47,20 @@ class SpreadMasks:
     ) -> None:
         self._model, self._chooser = model, chooser
         self._schedules = schedules(methods)
+        self._has_begun = False
         self._parameters: list[torch.Tensor] = []
         self._factors: list[torch.Tensor] = []
 
     def on_step(self, step: int, num_steps: int) -> None:
-        """Put the zeros back; at step 0 and when the schedule says so, with masks chosen anew."""
-        is_due = any(
+        """Put the zeros back; at first and when the schedule says so, with masks chosen anew."""
+        is_due = self._has_begun and any(
             s.share(step, num_steps) > s.share(step - 1, num_steps) for s in self._schedules
         )
-        if step and is_due:
+        if is_due:
             self._choose(step, num_steps)
-        if step == 0 or is_due:
+        if is_due or not self._has_begun:
             self._receive()
+        self._has_begun = True
         self._apply()
 
     def _choose(self, step: int, num_steps: int) -> None:

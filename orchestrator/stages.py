@@ -99,6 +99,10 @@ class Stages:
                 shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
+    def beside(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path:
+        """A folder for what is not a result yet; whoever builds it removes it."""
+        return self.folder / f".going-{self._folder_of(stage, inputs, version).name}"
+
     def _folder_of(self, stage: str, inputs: dict[str, Any], version: int) -> Path:
         key = content_hash({"stage": stage, "version": version, "inputs": inputs})
         return self.folder / f"{stage}-{key}"

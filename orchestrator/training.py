@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from orchestrator import checkpoint
+from orchestrator import checkpoint, shards
 from orchestrator.alone import this_host
+from orchestrator.checkpoint import Earlier, Gathered, Saver, gather
 from orchestrator.distill import HiddenDistance
 from orchestrator.finetune import FinetuneOptions, OnStep, TrainingReport, finetune, steps_of
 from orchestrator.lessons import Lesson, Source, hidden_distance, open_lesson
@@ -31,7 +32,6 @@ from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import set_enabled
 from orchestrator.ranks import Ranks
 from orchestrator.resources import GangOptions
-from orchestrator.shards import gathered
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
 from orchestrator.strategies import Strategy, make_strategy
@@ -72,18 +72,46 @@ def train(
     *,
     tokenizer: PreTrainedTokenizerBase,
     prunings: Sequence[Pruning] = (),
-    earlier: checkpoint.Earlier | None = None,
-    on_end: Callable[[torch.optim.Optimizer], None] | None = None,
-) -> TrainingReport:
+    earlier: Earlier | None = None,
+    going: Path | None = None,
+    gathers: bool = False,
+) -> tuple[TrainingReport, Gathered | None]:
     """Fine-tune `model` in place. `prunings` are at work on it.
 
-    A gang has `earlier` and `on_end` not. Raises `Diverged`.
+    It goes on from `earlier`, or from further along where it was interrupted: `going` is the folder
+    that is kept for it meanwhile. The optimizer's state comes too if it `gathers`. Raises
+    `Diverged`.
     """
+    saver = Saver(going, bench.recipe.resources.save_steps) if going else None
+    last = saver.last() if saver else None
+    if last and (earlier is None or last.step > earlier.step):
+        earlier = last
     if bench.crew is not None and bench.crew.trains(assignment.model):
-        return bench.crew.lead(model, assignment, bench, tokenizer, prunings)
+        parts = (tokenizer, prunings, earlier, saver)
+        report, gathered = bench.crew.lead(model, assignment, bench, *parts, gathers=gathers)
+    else:
+        parts = (tokenizer, prunings, earlier, saver)
+        report, gathered = _alone(model, assignment, bench, *parts, gathers=gathers)
+    if saver:
+        saver.forget()
+    return report, gathered
+
+
+def _alone(
+    model: PreTrainedModel,
+    assignment: Assignment,
+    bench: Bench,
+    tokenizer: PreTrainedTokenizerBase,
+    prunings: Sequence[Pruning],
+    earlier: Earlier | None,
+    saver: Saver | None,
+    *,
+    gathers: bool,
+) -> tuple[TrainingReport, Gathered | None]:
+    found: list[Gathered] = []
     lesson = bench.lesson(assignment.source)
     encoded = bench.encoded_lesson(lesson, tokenizer)
-    return finetune(
+    report = finetune(
         model,
         bench.task,
         encoded,
@@ -95,17 +123,22 @@ def train(
         hidden=_hidden(model, assignment, lesson, encoded),
         max_steps=assignment.max_steps,
         earlier=earlier,
-        on_end=on_end,
+        saver=saver,
+        on_end=(lambda *trained: found.append(gather(*trained))) if gathers else None,
     )
+    return report, found[0] if found else None
 
 
 def _each_step(model: PreTrainedModel, assignment: Assignment) -> list[OnStep]:
     """Fake-quant from its share of the steps on; and who measures on this host goes first."""
 
+    is_on: list[bool] = []
+
     def switch_on(step: int, num_steps: int) -> None:
-        begin = int(assignment.qat_start * num_steps)
-        if step in (0, begin):
-            set_enabled(model, step >= begin)
+        wanted = step >= int(assignment.qat_start * num_steps)
+        if is_on != [wanted]:
+            set_enabled(model, wanted)
+            is_on[:] = [wanted]
 
     def give_way(step: int, num_steps: int) -> None:
         this_host().give_way()
@@ -144,11 +177,19 @@ def join_ranks(device: str) -> None:
 
 
 class Part(Frozen):
-    """What every rank is told of a training: the assignment, where it starts, and who holds what."""
+    """What every rank is told of a training: the assignment, where it starts, and who holds what.
+
+    `step` of its steps were taken before; what the optimizer had gathered then is in `earlier`.
+    """
 
     start: str
     assignment: Assignment
     options: GangOptions
+    earlier: str = ""
+    step: int = 0
+    progress: dict[str, Any] | None = None
+    going: str = ""
+    gathers: bool = False
 
 
 class Crew:
@@ -175,12 +216,19 @@ class Crew:
         bench: Bench,
         tokenizer: PreTrainedTokenizerBase,
         prunings: Sequence[Pruning],
-    ) -> TrainingReport:
+        earlier: Earlier | None,
+        saver: Saver | None,
+        *,
+        gathers: bool,
+    ) -> tuple[TrainingReport, Gathered | None]:
         """`train`, as rank 0 of all. Raises `Diverged`."""
         encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
         num_steps = steps_of(assignment.finetune, len(encoded), assignment.max_steps)
+        begin = earlier.step if earlier else 0
+        if earlier:
+            earlier.place(model)
         for pruning in prunings:
-            pruning.on_step(0, num_steps)
+            pruning.on_step(begin, num_steps)
         bench.stages.folder.mkdir(parents=True, exist_ok=True)
         start = Path(tempfile.mkdtemp(dir=bench.stages.folder, prefix=".start-"))
         try:
@@ -189,15 +237,24 @@ class Crew:
             if not schedules(assignment.prune):
                 _empty(model)
             options = self.options(assignment.model)
-            part = Part(start=str(start), assignment=assignment, options=options)
+            part = Part(
+                start=str(start),
+                assignment=assignment,
+                options=options,
+                earlier=str(earlier.folder) if earlier else "",
+                step=begin,
+                progress=earlier.progress if earlier else None,
+                going=str(saver.folder) if saver else "",
+                gathers=gathers,
+            )
             self._orders_out(part.model_dump_json())
-            report, state = self._do(part, bench, Chooser(model, prunings))
+            report, state, gathered = self._do(part, bench, Chooser(model, prunings))
         finally:
             shutil.rmtree(start, ignore_errors=True)
         for name, value in state.items():
             model.get_parameter(name).data = value
         model.to(bench.device).eval()
-        return report
+        return report, gathered
 
     def follow(self, bench: Bench, *, after_each: Callable[[], None] = lambda: None) -> None:
         """Do this rank's part of every training that rank 0 leads, until it dismisses."""
@@ -216,8 +273,8 @@ class Crew:
 
     def _do(
         self, part: Part, bench: Bench, chooser: Chooser | None
-    ) -> tuple[TrainingReport, dict[str, torch.Tensor]]:
-        """This rank's part. The trained weights come back on rank 0 alone."""
+    ) -> tuple[TrainingReport, dict[str, torch.Tensor], Gathered | None]:
+        """This rank's part. The weights, and the optimizer's state, come back on rank 0 alone."""
         assignment, start = part.assignment, Path(part.start)
         device = torch.device(bench.device)
         self.is_broken = True
@@ -228,6 +285,12 @@ class Crew:
         lesson = open_lesson(assignment.source, bench, _live(strategy, assignment, bench, device))
         encoded = bench.encoded_lesson(lesson, tokenizer)
         masks = SpreadMasks(model, assignment.prune, chooser)
+        found: list[Gathered] = []
+        earlier = saver = None
+        if part.earlier:
+            earlier = Earlier(Path(part.earlier), part.step, part.progress, is_placed=True)
+        if part.going:
+            saver = Saver(Path(part.going), bench.recipe.resources.save_steps)
         try:
             report = finetune(
                 model,
@@ -240,6 +303,9 @@ class Crew:
                 teacher=lesson.teacher,
                 hidden=_hidden(model, assignment, lesson, encoded),
                 max_steps=assignment.max_steps,
+                earlier=earlier,
+                saver=saver,
+                on_end=(lambda *trained: found.append(gather(*trained))) if part.gathers else None,
                 strategy=strategy,
             )
         except Diverged:
@@ -247,12 +313,12 @@ class Crew:
             raise
         finally:
             strategy.leave()
-        state = gathered(model)
+        state = shards.gathered(model)
         peaks = torch.zeros(self.ranks.size)
         peaks[self.ranks.rank] = peak_mb(bench.device)
         self.peaks_mb = self.ranks.total(peaks).tolist()
         self.is_broken = False
-        return report, state
+        return report, state, found[0] if found else None
 
 
 def _filled(

@@ -57,8 +57,9 @@ class PruneContext:
 class Pruning(Protocol):
     """A method at work on one model.
 
-    `on_step(step, num_steps)` is called with 0 before the first optimizer step and with k after
-    the k-th; masks are put back there, gradual schedules move there. `finish()` makes the
+    `on_step(step, num_steps)` is called with the steps taken before the first optimizer step and
+    with k after the k-th; masks are put back there, gradual schedules move there. Where the first
+    call is not for 0, training goes on: what was masked is zero. `finish()` makes the
     sparsity final: after it no mask is needed and structured tensors have their final shapes.
     `tokenizer` is set when the method rebuilt it (vocabulary), else None. `masks` are the factors,
     0 or 1, that hold until the next step, by weight name; each broadcasts to its weight.

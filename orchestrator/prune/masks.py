@@ -74,7 +74,7 @@ class MaskedWeights:
         self._choose, self._ignore = choose, ignore
         self._importance, self._num_batches = importance, num_batches
         self._masks = Masks()
-        self._share = 0.0
+        self._share, self._has_begun = 0.0, False
         self._advance(options.share(0, 1))
 
     @property
@@ -83,8 +83,8 @@ class MaskedWeights:
 
     def on_step(self, step: int, num_steps: int) -> None:
         """Put the zeros back, and add those that are due."""
-        if step == 0:
-            self._find_weights()
+        if not self._has_begun:
+            self._begin(self._options.share(step, num_steps) if step else self._share)
         self._masks.apply()
         self._advance(self._options.share(step, num_steps))
 
@@ -100,11 +100,12 @@ class MaskedWeights:
         total = sum(weight.numel() for weight in weights)
         return {"sparsity": zeros / total, "kept": signature.counts}
 
-    def _find_weights(self) -> None:
-        """Mask what is zero in the model as it will be trained.
+    def _begin(self, share: float) -> None:
+        """Mask what is zero in the model as it will be trained, or goes on to be.
 
         Other methods, or moving it to its device, may have replaced tensors since they were set.
         """
+        self._has_begun, self._share = True, share
         if self._share:
             named = {name: self._model.get_parameter(name) for name in self._names()}
             self._masks.set(self._model, {name: weight != 0 for name, weight in named.items()})
