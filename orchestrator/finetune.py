@@ -211,6 +211,7 @@ def finetune(
                 saver.save(step, model, optimizer, said)
         if on_end is not None:
             on_end(model, optimizer)
+        wrapped.close()
     model.eval()
     return TrainingReport(
         steps=num_steps,

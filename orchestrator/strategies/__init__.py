@@ -39,12 +39,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A model and its optimizer as they train; `clip` bounds the gradient and tells its norm."""
+    """A model and its optimizer as they train.
+
+    `clip` bounds the gradient and tells its norm; `close` gives back what only training needed.
+    """
 
     accelerator: Accelerator
     model: nn.Module
     optimizer: torch.optim.Optimizer
     clip: Callable[[], torch.Tensor]
+    close: Callable[[], None] = lambda: None
 
 
 class Strategy(Protocol):

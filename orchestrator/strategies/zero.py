@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from orchestrator.strategies import Plan, Wrapped
 
 
+BUCKET = 2**22  # gradients that are averaged together
+LEAN = {  # DeepSpeed's own defaults keep models of up to a billion parameters whole on every rank
+    "sub_group_size": 2**24,
+    "stage3_prefetch_bucket_size": 2**23,
+    "stage3_max_live_parameters": 2**24,
+    "stage3_max_reuse_distance": 0,
+}
 OFFLOAD = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
 
 
@@ -90,7 +97,7 @@ class Zero:
         def clip() -> torch.Tensor:
             return torch.as_tensor(engine.get_global_grad_norm(), device=plan.device).float()
 
-        return Wrapped(accelerator, engine, prepared, clip)
+        return Wrapped(accelerator, engine, prepared, clip, close=lambda: _close(engine))
 
     def answering(self, model: PreTrainedModel) -> PreTrainedModel:
         """At stage 3 an engine without an optimizer brings its weights together as they are used."""
@@ -116,7 +123,10 @@ class Zero:
             if what in self.offload:
                 zero.setdefault(section, {"device": "cpu"})
                 config["zero_force_ds_cpu_optimizer"] = False  # one that is compiled on the spot
+        zero.setdefault("reduce_bucket_size", BUCKET)
         if self.stage == 3:
+            for name, value in LEAN.items():
+                zero.setdefault(name, value)
             # A small parameter that stayed whole would have two copies for a mask to hold down.
             zero["stage3_param_persistence_threshold"] = 0
         return config
@@ -138,6 +148,21 @@ class Zero:
         )
         if found != wanted:
             raise RuntimeError(f"{self.name}: wanted {wanted}, but Accelerate made {found}")
+
+
+def _close(engine: Any) -> None:
+    """DeepSpeed keeps references to an engine that is gone: leave it little to hold."""
+    zero = engine.optimizer
+    engine.destroy()
+    zero.optimizer.state.clear()
+    for name in ("single_partition_of_fp32_groups", "averaged_gradients"):
+        if hasattr(zero, name):
+            setattr(zero, name, {})
+    for name, value in vars(zero).items():
+        if name.endswith("__param_id_to_grad_partition"):
+            value.clear()
+    if hasattr(zero, "grad_partitions_flat_buffer"):
+        zero.grad_partitions_flat_buffer = None
 
 
 def _announce(on_cpu: bool) -> None:
