@@ -35,12 +35,14 @@ class MicroBatch:
     batch_share: float
 
 
-def num_calls(accumulation: int, ranks: Ranks) -> int:
+def num_calls(accumulation: int, ranks: Ranks, pieces: int = 1) -> int:
     """Forward passes of each rank in a step of `accumulation` batches.
 
-    Ranks take whole batches where these can be dealt out evenly, and else rows of each batch.
+    Ranks take whole batches where these can be dealt out evenly, and else rows of each batch. What
+    a rank takes of a batch it takes in `pieces`, where memory is short.
     """
-    return accumulation if splits_batches(accumulation, ranks) else accumulation // ranks.size
+    batches = accumulation if splits_batches(accumulation, ranks) else accumulation // ranks.size
+    return batches * pieces
 
 
 def splits_batches(accumulation: int, ranks: Ranks) -> bool:
@@ -66,9 +68,17 @@ def micro_batches(
         yield indices, task.collate(encoded, indices.tolist())
 
 
-def dealt_out(batches: Iterator[tuple[np.ndarray, Arrays]], ranks: Ranks) -> list[MicroBatch]:
+def dealt_out(
+    batches: Iterator[tuple[np.ndarray, Arrays]], ranks: Ranks, pieces: int = 1
+) -> list[MicroBatch]:
     """What this rank does of a step over `batches`."""
-    found = list(batches)
+    whole = _taken(list(batches), ranks)
+    if pieces == 1:
+        return whole
+    return [piece for micro in whole for piece in _in_pieces(micro, pieces)]
+
+
+def _taken(found: list[tuple[np.ndarray, Arrays]], ranks: Ranks) -> list[MicroBatch]:
     counts = [_num_labels(arrays) for _, arrays in found]
     total = max(1, sum(counts))
     if not splits_batches(len(found), ranks):
@@ -93,6 +103,17 @@ def _rows_of(
     own = {name: np.ascontiguousarray(array[rows]) for name, array in arrays.items()}
     share = 0.0 if is_spare else _num_labels(own) / total
     return MicroBatch(indices[rows], own, share, batch_share)
+
+
+def _in_pieces(micro: MicroBatch, pieces: int) -> Iterator[MicroBatch]:
+    """Some of its rows at a time; where there are too few, one of them again at no share."""
+    num_labels = max(1, _num_labels(micro.arrays))
+    for piece in range(pieces):
+        is_spare = piece >= len(micro.indices)
+        rows = slice(0, 1) if is_spare else slice(piece, None, pieces)
+        own = {name: np.ascontiguousarray(array[rows]) for name, array in micro.arrays.items()}
+        share = 0.0 if is_spare else micro.share * _num_labels(own) / num_labels
+        yield MicroBatch(micro.indices[rows], own, share, micro.batch_share)
 
 
 def _num_labels(arrays: Arrays) -> int:

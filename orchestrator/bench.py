@@ -55,7 +55,8 @@ def _ignore(text: str) -> None:
 
 
 class Bench:
-    """The shared things of one study on one worker; `crew` are those that train together with it.
+    """The shared things of one study on one worker; `crew` are those that train together with it. A
+    batch is trained on in `pieces`, where memory is short.
 
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do.
@@ -79,6 +80,7 @@ class Bench:
         self.num_threads = torch.get_num_threads()
         self.timed_on = ""
         self.crew: Crew | None = None
+        self.pieces = 1
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}

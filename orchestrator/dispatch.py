@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.launch import Done, Event, Launcher, Lost, Told
 from orchestrator.ledger import Ledger
-from orchestrator.trial import Result, Work
+from orchestrator.trial import Reason, Result, TrialResult, Work
 
 Next = Callable[[], Work | None]
 Ended = Callable[[Work, Result | Lost], None]
@@ -23,6 +23,15 @@ class Running:
     work: Work
     since: float
     told: str = ""
+
+
+def _in_parts(work: Work, result: Result) -> Lost | None:
+    """That a trial which found too little memory is to be tried once more, with half the rows a call."""
+    failed = isinstance(result, TrialResult) and result.reason is Reason.OOM
+    if not failed or work.pieces > 1:
+        return None
+    assert isinstance(result, TrialResult)
+    return Lost(work, Reason.OOM, f"{result.message}; it is tried again with half the rows a call")
 
 
 class Dispatch:
@@ -94,15 +103,19 @@ class Dispatch:
     def _hear(self, event: Event, again: deque[Work], ended: Ended) -> None:
         work = event.work
         if isinstance(event, Done):
-            self.running.pop((work.kind, work.key))
-            ended(work, event.result)
-        elif isinstance(event, Lost):
-            self._lose(work, reason=event.reason.value, message=event.message)
-            self.on_lost(work, event)
-            if event.again and work.attempt < self.max_attempts:
-                again.append(replace(work, attempt=work.attempt + 1))
-            else:
-                ended(work, event)
+            lost = _in_parts(work, event.result)
+            if lost is None or work.attempt >= self.max_attempts:
+                self.running.pop((work.kind, work.key))
+                ended(work, event.result)
+                return
+            event = lost
+        self._lose(work, reason=event.reason.value, message=event.message)
+        self.on_lost(work, event)
+        if event.again and work.attempt < self.max_attempts:
+            pieces = 2 if event.reason is Reason.OOM else work.pieces
+            again.append(replace(work, attempt=work.attempt + 1, pieces=pieces))
+        else:
+            ended(work, event)
 
     def _lose(self, work: Work, **why: Any) -> None:
         running = self.running.pop((work.kind, work.key))

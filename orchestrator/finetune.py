@@ -76,11 +76,13 @@ class TrainingReport(Frozen):
 
     `step_seconds` is the median of all steps but the first, which warms up; `position_seconds` the
     same for each position of a batch. Positions are `tokens` and padding. Of the `steps`, an
-    earlier training took `steps_before`; seconds, tokens and losses are those of the others.
+    earlier training took `steps_before`; seconds, tokens and losses are those of the others. An
+    interrupted training went on from step `resumed_at`.
     """
 
     steps: int
     steps_before: int = 0
+    resumed_at: int = 0
     epochs: float
     losses: tuple[tuple[int, float], ...]
     seconds: float
@@ -108,6 +110,7 @@ def finetune(
     saver: Saver | None = None,
     on_end: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
     strategy: Strategy = SINGLE,
+    pieces: int = 1,
 ) -> TrainingReport:
     """Train `model` in place and leave it in evaluation mode.
 
@@ -116,7 +119,8 @@ def finetune(
     options' own. Steps go on from where `earlier` stands, as if they had been taken here, and
     `saver` writes them down; `on_end` gets model and optimizer after the last. On a CPU the same seed gives the same weights. All ranks of
     a process group call this with the same arguments and the part of the model that `strategy`
-    lets them hold; a step is over the same rows however many they are. Raises `Diverged`.
+    lets them hold; a step is over the same rows however many they are, and in however many
+    `pieces` each takes its rows. Raises `Diverged`.
     """
     import torch
     from accelerate.utils import set_seed
@@ -131,7 +135,7 @@ def finetune(
     num_steps = steps_of(options, len(lengths), max_steps)
     begin = earlier.step if earlier else 0
     ranks = Ranks.here()
-    calls = num_calls(accumulation, ranks)
+    calls = num_calls(accumulation, ranks, pieces)
     curve = LossCurve(
         begin,
         num_steps,
@@ -184,7 +188,7 @@ def finetune(
         for step in range(begin + 1, num_steps + 1):
             set_learning_rate(optimizer, options, step, num_steps)
             step_loss = torch.zeros((), device=device)
-            for micro in dealt_out(itertools.islice(batches, accumulation), ranks):
+            for micro in dealt_out(itertools.islice(batches, accumulation), ranks, pieces):
                 batch = to_device(micro.arrays, device)
                 with accelerator.accumulate(trained):
                     target = teacher(micro.indices, batch) if teacher else None
@@ -215,7 +219,8 @@ def finetune(
     model.eval()
     return TrainingReport(
         steps=num_steps,
-        steps_before=begin if earlier and not earlier.progress else 0,
+        steps_before=0 if progress else begin,
+        resumed_at=begin if progress else 0,
         epochs=num_steps * accumulation / batches_an_epoch,
         losses=tuple(curve.points),
         **pace.summary(),

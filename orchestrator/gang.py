@@ -47,7 +47,7 @@ def perform(work: Work, bench: Bench, note: Note) -> Result:
 
 
 def _perform(work: Work, bench: Bench, note: Note) -> Result:
-    bench.timed_on = work.timed_on
+    bench.timed_on, bench.pieces = work.timed_on, work.pieces
     if work.kind == "baseline":
         return run_baseline(work.model, bench, note)
     artifacts = {key: bench.folder / folder for key, folder in work.artifacts.items()}

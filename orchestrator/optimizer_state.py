@@ -23,6 +23,7 @@ Read = Callable[[str], torch.Tensor]
 
 def gather(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """On rank 0 the whole state on the CPU, as `name.exp_avg`; nothing on the others."""
+    _link(optimizer)
     base, found = _base(optimizer), {}
     is_first = Ranks.here().rank == 0
     for name, parameter in model.named_parameters():
@@ -94,16 +95,25 @@ def _own_state(
 
 def _begin_flat(optimizer: Any, base: torch.optim.Optimizer, step: float) -> None:
     """State for the flat stretches of parameters that ZeRO's optimizer steps on."""
-    for group in base.param_groups:
-        for flat in group["params"]:
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            counted = torch.tensor(step, dtype=torch.float32, device=flat.device)
-            base.state[flat] = {STEP: counted, **moments}
-    zero = optimizer
-    while zero is not None and not hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero = getattr(zero, "optimizer", None)
-    if zero is not None:
-        zero._lazy_init_hp_params_optimizer_state()
+    flats = [flat for group in base.param_groups for flat in group["params"]]
+    flats = flats or optimizer.optimizer.fp32_partitioned_groups_flat  # stage 3 shows one at a time
+    for flat in flats:
+        moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+        counted = torch.tensor(step, dtype=torch.float32, device=flat.device)
+        base.state[flat] = {STEP: counted, **moments}
+    _link(optimizer)
+
+
+def _link(optimizer: Any) -> None:
+    """Let ZeRO 1 and 2 know where in its flat stretches a parameter's state lies.
+
+    It does so by itself, but in the midst of its first step, when only some groups have a state.
+    """
+    while optimizer is not None:
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:

@@ -343,6 +343,8 @@ def _reported(
         clock.log(traceback.format_exc())
         shutil.rmtree(folder / "artifact", ignore_errors=True)
         reason, message = explain(error)
+        if reason is Reason.OOM:
+            message += f" (the peak of this process was {peak_mb(bench.device):.0f} MB)"
         outcome = {"status": TrialStatus.FAILED, "reason": reason, "message": message}
     seconds = time.perf_counter() - started
     return TrialResult(trial_id=config.id, config=config, device_seconds=seconds, **outcome)
@@ -360,7 +362,7 @@ def explain(error: Exception) -> tuple[Reason, str]:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         words in text for words in OUT_OF_MEMORY
     ):
-        return Reason.OOM, f"out of memory: {text}"
+        return Reason.OOM, text if text.startswith("out of memory") else f"out of memory: {text}"
     is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if is_full or "No space left on device" in text:
         return Reason.ERROR, f"the disk is full: {text}"

@@ -82,6 +82,8 @@ def train(
     that is kept for it meanwhile. The optimizer's state comes too if it `gathers`. Raises
     `Diverged`.
     """
+    if bench.pieces > 1:
+        check_pieces(assignment)
     saver = Saver(going, bench.recipe.resources.save_steps) if going else None
     last = saver.last() if saver else None
     if last and (earlier is None or last.step > earlier.step):
@@ -95,6 +97,17 @@ def train(
     if saver:
         saver.forget()
     return report, gathered
+
+
+def check_pieces(assignment: Assignment) -> None:
+    """Raise MemoryError where rows cannot be taken a few at a time with the same result."""
+    numerics, distillation = assignment.numerics, assignment.finetune.distillation
+    if assignment.finetune.per_device_train_batch_size == 1:
+        raise MemoryError("out of memory, and one row at a time is the least")
+    if numerics is not None and numerics.activation and numerics.activation.granularity == "tensor":
+        raise MemoryError("out of memory, and in parts its activations would have other scales")
+    if distillation is not None and distillation.hidden:
+        raise MemoryError("out of memory, and in parts hidden states would have another spread")
 
 
 def _alone(
@@ -125,6 +138,7 @@ def _alone(
         earlier=earlier,
         saver=saver,
         on_end=(lambda *trained: found.append(gather(*trained))) if gathers else None,
+        pieces=bench.pieces,
     )
     return report, found[0] if found else None
 
@@ -190,6 +204,7 @@ class Part(Frozen):
     progress: dict[str, Any] | None = None
     going: str = ""
     gathers: bool = False
+    pieces: int = 1
 
 
 class Crew:
@@ -222,6 +237,8 @@ class Crew:
         gathers: bool,
     ) -> tuple[TrainingReport, Gathered | None]:
         """`train`, as rank 0 of all. Raises `Diverged`."""
+        if self.is_broken:
+            raise RuntimeError("a rank of this gang has failed: the others do not listen any more")
         encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
         num_steps = steps_of(assignment.finetune, len(encoded), assignment.max_steps)
         begin = earlier.step if earlier else 0
@@ -246,6 +263,7 @@ class Crew:
                 progress=earlier.progress if earlier else None,
                 going=str(saver.folder) if saver else "",
                 gathers=gathers,
+                pieces=bench.pieces,
             )
             self._orders_out(part.model_dump_json())
             report, state, gathered = self._do(part, bench, Chooser(model, prunings))
@@ -307,6 +325,7 @@ class Crew:
                 saver=saver,
                 on_end=(lambda *trained: found.append(gather(*trained))) if part.gathers else None,
                 strategy=strategy,
+                pieces=part.pieces,
             )
         except Diverged:
             self.is_broken = False

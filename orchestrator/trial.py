@@ -150,7 +150,8 @@ class Work:
     speed and memory of `artifacts` (key → artifact folder) that were trained elsewhere; `timings`
     takes their latencies in one interleaved pass. `folder` and artifacts are relative to the
     study's folder. `key` is what the ledger calls it: a trial's id, `baseline:<model>` for a dense
-    model. `timed_on` is the fingerprint of the machines on which speed counts; "" takes any.
+    model. `timed_on` is the fingerprint of the machines on which speed counts; "" takes any. Batches
+    are trained on in `pieces`, to the same result.
     """
 
     kind: Kind
@@ -161,6 +162,7 @@ class Work:
     folder: str = ""
     artifacts: Mapping[str, str] = field(default_factory=dict)
     timed_on: str = ""
+    pieces: int = 1
 
 
 Result = TrialResult | tuple[Measurement, str] | dict[str, Measurement]

@@ -101,7 +101,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 def train(model: Any, encoded: Encoded, task: Any = TASK, **changes: Any) -> torch.Tensor:
     arguments = {
         name: changes.pop(name)
-        for name in ("on_step", "teacher", "hidden", "seed")
+        for name in ("on_step", "teacher", "hidden", "seed", "pieces")
         if name in changes
     }
     options = FinetuneOptions(**PLAIN.model_dump(exclude_unset=True) | changes)
@@ -123,6 +123,18 @@ def test_a_model_learns_what_can_be_learnt(reviews):
     assert report.epochs == 15.0
     assert report.tokens == 15 * sum(len(row["input_ids"]) for row in reviews.features)
     assert report.peak_learning_rate == 5e-3
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_a_batch_in_pieces_trains_as_the_whole_does(reviews, text, pieces, accumulation):
+    options = {"gradient_accumulation_steps": accumulation, "dropout": 0.0}
+    whole = train(tiny_bert(), reviews, **options)
+    assert torch.allclose(train(tiny_bert(), reviews, pieces=pieces, **options), whole, atol=1e-5)
+    task = CausalLm(data="unread", block_size=12)
+    whole = train(tiny_llama(), text, task, **options)
+    parts = train(tiny_llama(), text, task, pieces=pieces, **options)
+    assert torch.allclose(parts, whole, atol=1e-5)
 
 
 def test_same_seed_gives_the_same_weights_and_another_seed_others(reviews):

@@ -271,6 +271,33 @@ def test_a_lost_work_is_tried_again_and_given_up_after_three_attempts(tmp_path, 
     assert set(finished(tmp_path)) - {"baseline:bert"} == set(asked(tmp_path))
 
 
+def test_a_trial_short_of_memory_is_tried_once_more_in_parts(tmp_path, facts):
+    seen: dict[str, list[int]] = {}
+
+    def greedy(work: Work) -> tuple[float, Result | Reason]:
+        seconds, result = surrogate(work)
+        large = work.kind == "trial" and drawn(work.key, "size") < 0.5
+        if large:
+            seen.setdefault(work.key, []).append(work.pieces)
+            if work.pieces == 1 or drawn(work.key, "size") < 0.25:
+                failed = {
+                    "status": TrialStatus.FAILED,
+                    "reason": Reason.OOM,
+                    "message": "none left",
+                }
+                assert isinstance(result, TrialResult)
+                result = result.model_copy(update={**failed, "measurement": None})
+        return seconds, result
+
+    front = run(tmp_path, facts, surrogate=greedy)
+    assert seen and all(pieces == [1, 2] for pieces in seen.values())
+    status = {trial["trial_id"]: trial for trial in front["all_trials"]}
+    hopeless = {key for key in seen if drawn(key, "size") < 0.25}
+    assert hopeless and hopeless < set(seen)
+    assert {key for key in seen if status[key]["reason"] == "oom"} == hopeless
+    assert all(status[key]["status"] == "completed" for key in set(seen) - hopeless)
+
+
 # -- budgets -------------------------------------------------------------------------------------
 
 

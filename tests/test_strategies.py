@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,21 @@ TRIALS: dict[str, Any] = {
 ROUNDED = {"W8A8 QAT": 1e-3, "W4A16 QAT": 1e-3, "all": 1e-3}  # rounding amplifies 1e-7
 
 
-def start(folder: Path, strategy: str, size: int) -> dict[str, Any]:
+def start(
+    folder: Path, strategy: str, size: int, *, names: Iterable[str] = TRIALS, die_at: int = 0
+) -> dict[str, Any]:
     trials = folder / "trials.json"
-    trials.write_text(json.dumps(TRIALS))
+    trials.write_text(json.dumps({name: TRIALS[name] for name in names}))
     command = [sys.executable]
     if strategy != "single":
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
     command += [str(ROOT / "tests" / "rank_trials.py"), str(folder), strategy, str(trials)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command += [str(die_at)] if die_at else []
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if die_at:
+        assert done.returncode != 0
+        return {}
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
 
@@ -97,6 +104,48 @@ def test_every_compression_comes_to_the_same_under_every_strategy(
             assert other["measurement"]["metrics"][metric] == pytest.approx(expected), name
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [
+        ("gradual, by Taylor", ("zero3", 2), ("single", 1)),
+        ("W8A8 QAT", ("zero3", 2), ("fsdp2", 2)),
+        ("gradual units", ("ddp", 2), ("zero2", 2)),
+        ("masks", ("single", 1), ("zero3", 2)),
+        ("all", ("fsdp2", 2), ("zero1", 2)),
+        ("accumulated", ("zero1", 2), ("zero1", 3)),
+        ("frozen", ("zero2", 2), ("ddp", 2)),
+    ],
+)
+def test_an_interrupted_training_goes_on_under_another_strategy_as_if_undisturbed(
+    alone: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+    first: tuple[str, int],
+    then: tuple[str, int],
+) -> None:
+    if "zero" in f"{first} {then}":
+        pytest.importorskip("deepspeed")
+    shutil.copy(alone["data"], tmp_path)
+    start(tmp_path, *first, names=[name], die_at=20)
+    [kept] = tmp_path.glob("study/stages/.going-*")
+    assert [path.name for path in kept.iterdir()] == ["step-20"]
+    assert {path.suffix for path in kept.rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    result = start(tmp_path, *then, names=[name])[name]
+    assert result["status"] == "completed", result["message"]
+    training = result["details"]["training"]
+    assert (training["resumed_at"], training["steps"]) == (20, 30)
+    expected = alone[name]["details"]["training"]
+    assert training["tokens"] == expected["tokens"]
+    np.testing.assert_allclose(losses(result), losses(alone[name]), rtol=ROUNDED.get(name, 1e-5))
+    assert result["details"]["prune"] == alone[name]["details"]["prune"]
+    metrics, whole = result["measurement"]["metrics"], alone[name]["measurement"]["metrics"]
+    assert metrics["accuracy"] == pytest.approx(whole["accuracy"])
+    assert metrics["size_mb"] == whole["size_mb"]
+    assert not kept.exists()
+
+
 # -- who takes what ------------------------------------------------------------------------------
 
 
@@ -110,13 +159,14 @@ def batches(counts: list[int]) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]
     return found
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("counts", [[8], [8, 3], [8, 8, 1, 5], [1]])
 def test_ranks_share_out_every_row_once_and_make_as_many_calls(
-    counts: list[int], size: int
+    counts: list[int], size: int, pieces: int
 ) -> None:
-    dealt = [dealt_out(iter(batches(counts)), Ranks(rank, size)) for rank in range(size)]
-    assert {len(micros) for micros in dealt} == {num_calls(len(counts), Ranks(0, size))}
+    dealt = [dealt_out(iter(batches(counts)), Ranks(rank, size), pieces) for rank in range(size)]
+    assert {len(micros) for micros in dealt} == {num_calls(len(counts), Ranks(0, size), pieces)}
     taken = [int(row) for micros in dealt for m in micros if m.share for row in m.indices]
     assert sorted(taken) == list(range(sum(counts)))
     assert sum(m.share for micros in dealt for m in micros) == pytest.approx(1.0)

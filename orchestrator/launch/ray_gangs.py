@@ -574,6 +574,7 @@ class RayGangs:
         is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
         reason = Reason.OOM if is_full else Reason.ERROR
         again = not isinstance(error, RayTaskError) and not _never_started(error)
+        again |= reason is Reason.OOM and gang.work.pieces == 1
         return [Lost(gang.work, reason, _words(error), again=again)]
 
 
