@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -379,6 +380,14 @@ class Bench:
         raise_if(problems)
 
     def _check_devices(self) -> None:
+        options = [self.recipe.resources.of(model.id) for model in self.recipe.models]
+        names = {each.strategy_name for each in options}
+        if any(name.startswith("zero") for name in names) and not find_spec("deepspeed"):
+            raise BadInput(
+                [
+                    f"resources.strategy: {max(names)} needs DeepSpeed: pip install slimtune[deepspeed]."
+                ]
+            )
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA

@@ -10,9 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.finetune import FinetuneOptions
 from orchestrator.metrics import DIRECTIONS, SHARES, metrics_of
+from orchestrator.parameters import variants
 from orchestrator.plugins import find, is_code, name_of
 from orchestrator.problems import Place, Problem, describe, nearest
+from orchestrator.resources import GangOptions
 from orchestrator.runtimes import RUNTIMES
 from orchestrator.search.grid import Grid
 from orchestrator.space import Space
@@ -139,6 +142,7 @@ def problems_of(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterat
     yield from same_ids(values["model"])
     yield from target_problems(written.get("target"), consent=consent)
     yield from host_problems(written)
+    yield from resource_problems(written, values)
     yield from metric_problems(written, values)
     if isinstance(values["space"], Space):
         yield from below("space", space_problems(values["space"], consent=consent))
@@ -191,6 +195,57 @@ def host_problems(written: Mapping[str, Any]) -> Iterator[Problem]:
             ("target", "host"),
             "needs `resources.engine: ray`, which knows nodes by their labels.",
         )
+
+
+def resource_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Options for models that are not there, and DeepSpeed files that count batches otherwise."""
+    resources = written.get("resources")
+    if not isinstance(resources, dict):
+        return
+    per_model = resources.get("per_model")
+    models = [str(model.get("id")) for model in values["model"] if isinstance(model, dict)]
+    for name in per_model if isinstance(per_model, dict) else ():
+        if name not in models:
+            place = ("resources", "per_model", name)
+            yield place, f"names no model of this recipe, which has {', '.join(models)}."
+    asked: dict[Place, Any] = {("resources",): resources}
+    if isinstance(per_model, dict):
+        asked |= {("resources", "per_model", name): each for name, each in per_model.items()}
+    for place, section in asked.items():
+        if isinstance(section, dict) and isinstance(values["space"], Space):
+            yield from batch_problems(place, section, values["space"])
+
+
+def batch_problems(place: Place, section: Mapping[str, Any], space: Space) -> Iterator[Problem]:
+    """A DeepSpeed configuration that would train on other batches than the recipe's."""
+    try:
+        options = GangOptions(**{k: v for k, v in section.items() if k in GangOptions.model_fields})
+    except ValidationError:
+        return  # told with the others
+    config = options.deepspeed or {}
+    for _, values in variants(space.tree["finetune"], ()):
+        finetune = FinetuneOptions(**values)
+        rows, rounds = finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps
+        for name, wanted in (
+            ("train_batch_size", rows * rounds),
+            ("gradient_clipping", finetune.max_grad_norm),
+        ):
+            found = config.get(name, "auto")
+            if found not in ("auto", wanted):
+                yield (
+                    (*place, "deepspeed"),
+                    f"has {name} {found}, but the recipe trains with {wanted:g}: leave it out, or"
+                    " write auto.",
+                )
+                return
+        for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            if config.get(name, "auto") != "auto":
+                yield (
+                    (*place, "deepspeed"),
+                    f"has {name} {config[name]}, which follows from the recipe's batch and the number"
+                    " of workers: leave it out, or write auto.",
+                )
+                return
 
 
 def target_problems(written: Any, *, consent: bool) -> Iterator[Problem]:

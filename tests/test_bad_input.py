@@ -317,6 +317,27 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a damaged study": (["output_dir={files}/damaged"], ["manifest.json is damaged"]),
     "an older study": (["output_dir={files}/older"], ["was written by another version"]),
+    # gangs
+    "one strategy for one worker": (
+        ["resources={workers_per_trial: 2, strategy: single}"],
+        ["resources", "`strategy: single` is for one worker, not for 2"],
+    ),
+    "several workers in one process": (
+        ["resources={engine: inline, workers_per_trial: 2}"],
+        ["`engine: inline` trains in one process: several workers need `engine: ray`"],
+    ),
+    "gangs for a model that is not there": (
+        ["resources={per_model: {gpt: {workers_per_trial: 2}}}"],
+        ["resources.per_model.gpt names no model of this recipe, which has bert"],
+    ),
+    "a DeepSpeed file of another batch": (
+        ["resources={strategy: zero2, deepspeed: {train_batch_size: 7}}"],
+        ["resources.deepspeed has train_batch_size 7, but the recipe trains with 32"],
+    ),
+    "a DeepSpeed file that is not there": (
+        ["resources={strategy: zero2, deepspeed: absent.json}"],
+        ["cannot read absent.json: No such file or directory"],
+    ),
     # the machine
     "no threads": (["target.threads=0"], ["target.threads should be greater than or equal to 1"]),
     "an unknown device": (["target.device=tpu"], ["target.device should match pattern", "'tpu'"]),

@@ -117,6 +117,7 @@ class Zero:
 
     def _sections(self) -> dict[str, Any]:
         config = copy.deepcopy(self.config or {})
+        config.pop("train_batch_size", None)  # it is the recipe's, and need not divide evenly
         zero = config.setdefault("zero_optimization", {})
         zero["stage"] = self.stage
         for what, section in OFFLOAD.items():
