@@ -208,12 +208,12 @@ def resource_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> 
         if name not in models:
             place = ("resources", "per_model", name)
             yield place, f"names no model of this recipe, which has {', '.join(models)}."
-    asked: dict[Place, Any] = {("resources",): resources}
+    sections: list[tuple[Place, Any]] = [(("resources",), resources)]
     if isinstance(per_model, dict):
-        asked |= {("resources", "per_model", name): each for name, each in per_model.items()}
-    for place, section in asked.items():
+        sections += [(("resources", "per_model", name), each) for name, each in per_model.items()]
+    for section_place, section in sections:
         if isinstance(section, dict) and isinstance(values["space"], Space):
-            yield from batch_problems(place, section, values["space"])
+            yield from batch_problems(section_place, section, values["space"])
 
 
 def batch_problems(place: Place, section: Mapping[str, Any], space: Space) -> Iterator[Problem]:

@@ -156,6 +156,78 @@ def test_a_worker_killed_at_any_moment(undisturbed, tmp_path):
     assert front["trials"]["failed"] == 0
 
 
+def mixed(folder: Path) -> Path:
+    """A study of two models: one trains in one process, the other on two that share it out."""
+    folder.mkdir()
+    written = tiny_study.recipe(folder)
+    small = written["model"] | {"id": "small"}
+    large = small | {"id": "large", "config": small["config"] | {"num_hidden_layers": 3}}
+    written |= {
+        "model": [small, large],
+        "space": {
+            "quantize": {"choice": ["none", {"scheme": "W8A8", "qat": True}]},
+            "prune": {"choice": ["none", {"method": "magnitude", "sparsity": 0.5}]},
+            "finetune": {"learning_rate": 1e-3, "max_steps": 5},
+            "forbid": [{"prune.method": "none", "quantize.scheme": "none"}],
+        },
+        "references": {"dense_int8": False, "first_layers": [], "random_twin": False},
+        "resources": {
+            "cpus_per_trial": 1,
+            "per_model": {"large": {"workers_per_trial": 2, "strategy": "fsdp2"}},
+            "max_attempts": 2 * NUM_KILLS,
+            "silence_s": 10,
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(written))
+    return path
+
+
+def training_losses(recipe: Path) -> dict[str, list[list[float]]]:
+    finished = [event for event in events(recipe) if event.kind == "finished"]
+    results = {event.key: event.payload["result"]["details"] for event in finished}
+    return {
+        key: found["training"]["losses"] for key, found in results.items() if "training" in found
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.distributed
+def test_gangs_of_one_and_of_two_survive_kills_and_hangs(tmp_path):
+    whole = mixed(tmp_path / "whole")
+    began = time.monotonic()
+    finish(whole)
+    seconds = time.monotonic() - began
+    recipe = mixed(tmp_path / "killed")
+    rng = random.Random(3)
+    driver = start(recipe)
+    seen: set[int] = set()
+    for number in range(NUM_KILLS + 1):
+        time.sleep(rng.uniform(0.05, 0.2) * seconds)
+        if driver.poll() is not None:
+            break
+        family = psutil.Process(driver.pid).children(recursive=True)
+        seen |= {process.pid for process in family}
+        workers = [p for p in family if "RayWorker" in "".join(p.cmdline())]
+        if workers:
+            sent = signal.SIGSTOP if number == 2 else signal.SIGKILL
+            os.kill(rng.choice(workers).pid, sent)
+    time.sleep(0.1 * seconds)
+    kill_driver(driver)
+    known = measurements(recipe)
+    front = finish(recipe)
+    assert front["trials"]["failed"] == 0
+    final = measurements(recipe)
+    assert set(final) == set(measurements(whole)) and known.items() <= final.items()
+    expected, found = training_losses(whole), training_losses(recipe)
+    assert {key: found[key] for key in expected} == expected
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in seen if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_front_half_written_is_written_again(tmp_path):
     recipe = write(tmp_path / "torn", "inline")
