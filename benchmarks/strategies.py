@@ -177,8 +177,8 @@ def watch() -> list[Json]:
     seen: list[Json] = []
     deal, add = finetune.dealt_out, progress.LossCurve.add
 
-    def dealt_out(batches: Any, ranks: Any) -> Any:
-        micros = deal(batches, ranks)
+    def dealt_out(*arguments: Any) -> Any:
+        micros = deal(*arguments)
         rows = [int(row) for micro in micros if micro.share for row in micro.indices]
         seen.append({"rows": rows})
         return micros

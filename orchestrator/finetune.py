@@ -152,7 +152,6 @@ def finetune(
         max_grad_norm=options.max_grad_norm,
     )
 
-    set_seed(seed + ranks.rank)  # each rank drops out other units
     if earlier:
         earlier.place(model)
     strategy.place(model, device)
@@ -168,6 +167,7 @@ def finetune(
     ):
         wrapped = strategy.wrap(model, make_optimizer(model, options), plan)
         accelerator, trained, optimizer = wrapped.accelerator, wrapped.model, wrapped.optimizer
+        set_seed(seed + ranks.rank)  # each rank drops out other units
         precision = torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16)
         teacher = teacher and precision(teacher)  # as precise as the student
         batches = micro_batches(

@@ -162,7 +162,9 @@ def gang_options(
 def _of_accelerate(environ: Mapping[str, str]) -> dict[str, Any]:
     """What accelerate launch says in the environment of the processes that it starts."""
     if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return {"strategy": "fsdp2", "offload": (), "deepspeed": None}
+        all_of_it = environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+        offload = ("optimizer", "parameters") if all_of_it else ()
+        return {"strategy": "fsdp2", "offload": offload, "deepspeed": None}
     if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
         return {}
     stage, config = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), None

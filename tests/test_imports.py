@@ -24,9 +24,21 @@ PLUGINS = (
     "early_stopping",
     "launch",
     "measure",
+    "strategies",
 )
 DRIVER = ("cli", "study", "ledger", "search", "early_stopping", "launch", "report")
-WORKER = ("gang", "run_trial", "prune", "quantize", "finetune", "tasks", "runtimes", "measure")
+WORKER = (
+    "gang",
+    "run_trial",
+    "training",
+    "strategies",
+    "prune",
+    "quantize",
+    "finetune",
+    "tasks",
+    "runtimes",
+    "measure",
+)
 PLAIN = ("trial", "signature", "space", "recipe", "pareto", "stages")  # both sides use them
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "torchao", "datasets", "ray")
 

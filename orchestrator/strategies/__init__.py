@@ -88,12 +88,16 @@ def make_strategy(options: GangOptions) -> Strategy:
 
 
 def forget_state() -> None:
-    """What Accelerate fixes once a process: strategy, device and precision of trials may differ."""
+    """What Accelerate fixes once a process: strategy, device and precision of trials may differ.
+
+    What accelerate launch has put into the environment would go before what a trial asks for.
+    """
     import os
 
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        os.environ.pop(name, None)
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_") and name != "ACCELERATE_TORCH_DEVICE":
+            del os.environ[name]
