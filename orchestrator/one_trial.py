@@ -33,6 +33,7 @@ from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import BadInput, TrialConfig, TrialResult, TrialStatus
 
 COMPLETED, FAILED, BAD_INPUT = 0, 1, 2
+PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))  # in the environment, and of a process alone
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,9 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
             bench.crew.follow(bench)
             return COMPLETED
     return _lead(config, bench)
-
-
-PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
 
 
 def _lead(config: TrialConfig, bench: Bench) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -29,13 +28,13 @@ from orchestrator.prune import Pruning
 from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
-from orchestrator.quantize.fake import set_enabled
+from orchestrator.quantize.fake import round_again, set_enabled
 from orchestrator.ranks import Ranks
 from orchestrator.resources import GangOptions
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
 from orchestrator.strategies import Strategy, make_strategy
-from orchestrator.trial import Diverged, Frozen
+from orchestrator.trial import Diverged, Frozen, content_hash
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
@@ -88,15 +87,19 @@ def train(
     last = saver.last() if saver else None
     if last and (earlier is None or last.step > earlier.step):
         earlier = last
-    if bench.crew is not None and bench.crew.trains(assignment.model):
-        parts = (tokenizer, prunings, earlier, saver)
-        report, gathered = bench.crew.lead(model, assignment, bench, *parts, gathers=gathers)
-    else:
-        parts = (tokenizer, prunings, earlier, saver)
-        report, gathered = _alone(model, assignment, bench, *parts, gathers=gathers)
+    together = bench.crew is not None and bench.crew.trains(assignment.model)
+    run = bench.crew.lead if bench.crew is not None and together else _alone
+    try:
+        trained = run(
+            model, assignment, bench, tokenizer, prunings, earlier, saver, gathers=gathers
+        )
+    except Diverged:
+        if saver:
+            saver.forget()
+        raise
     if saver:
         saver.forget()
-    return report, gathered
+    return trained
 
 
 def check_pieces(assignment: Assignment) -> None:
@@ -246,8 +249,10 @@ class Crew:
             earlier.place(model)
         for pruning in prunings:
             pruning.on_step(begin, num_steps)
-        bench.stages.folder.mkdir(parents=True, exist_ok=True)
-        start = Path(tempfile.mkdtemp(dir=bench.stages.folder, prefix=".start-"))
+        key = content_hash(assignment.model_dump(mode="json"))
+        start = bench.stages.folder / f".start-{key}"  # what a killed gang has left is replaced
+        shutil.rmtree(start, ignore_errors=True)
+        start.mkdir(parents=True)
         try:
             checkpoint.save(start, model.cpu(), tokenizer, {})
             bench.base(assignment.model).model.config.save_pretrained(start)
@@ -356,6 +361,7 @@ def _filled(
     if assignment.numerics is not None:
         prepare(model, assignment.numerics, ignore=assignment.ignore)
     strategy.fill(model, folder / WEIGHTS, device)
+    round_again(model, shards.is_sharded)
     return model.eval()
 
 

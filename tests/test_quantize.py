@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from orchestrator.quantize import ActivationNumerics, Numerics, WeightNumerics
 from orchestrator.quantize.convert import convert, default_ignore, prepare
-from orchestrator.quantize.fake import set_enabled
+from orchestrator.quantize.fake import round_again, set_enabled
 from orchestrator.quantize.modules import QuantizedEmbedding, QuantizedLinear
 from orchestrator.quantize.rounding import (
     dequantize,
@@ -194,6 +194,25 @@ def test_gradient_passes_straight_through() -> None:
     nn.functional.linear(rounded, plain.weight, fake.bias).square().sum().backward()
     assert torch.allclose(x.grad, rounded.grad, atol=1e-5)
     assert torch.allclose(fake.weight.grad, plain.weight.grad, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8 per tensor", "W4A16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_rounding_again_in_the_backward_pass_changes_nothing(model: str, scheme: str) -> None:
+    one = MODELS[model]()
+    prepare(one, NUMERICS[scheme])
+    other = copy.deepcopy(one)
+    round_again(other, lambda weight: True)
+    assert any(getattr(module, "rounds_again", False) for module in other.modules())
+    ids = tokens()
+    for each in (one, other):
+        each(input_ids=ids).logits.float().square().mean().backward()
+    for (name, mine), (_, theirs) in zip(
+        one.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert (mine.grad is None) == (theirs.grad is None), name
+        if mine.grad is not None:
+            assert torch.allclose(mine.grad, theirs.grad, atol=1e-6), name
 
 
 def test_shared_input_is_rounded_once_and_never_stale() -> None:

@@ -8,6 +8,7 @@ for the backward pass beyond what a plain linear layer saves.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class FakeQuantLinear(nn.Linear):
     numerics: Numerics
     inputs: FakeQuantInput | None
     enabled: bool
+    rounds_again: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -67,6 +69,7 @@ class FakeQuantConv1D(Conv1D):
     numerics: Numerics
     inputs: FakeQuantInput | None
     enabled: bool
+    rounds_again: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -102,6 +105,18 @@ def make_fake(module: nn.Module, numerics: Numerics, *, inputs: FakeQuantInput |
     """
     module.__class__ = FAKES.get(type(module), type(module))
     module.numerics, module.inputs, module.enabled = numerics, inputs, True
+    module.rounds_again = False
+
+
+def round_again(model: nn.Module, does: Callable[[torch.Tensor], bool]) -> None:
+    """Layers whose weight `does` keep no rounded copy of it for the backward pass: they round again.
+
+    For weights that a rank brings together layer by layer: copies of all of them would be the
+    whole model after all.
+    """
+    for module in model.modules():
+        if type(module) in (FakeQuantLinear, FakeQuantConv1D):
+            module.rounds_again = does(module.weight)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -142,10 +157,49 @@ class _RoundWeight(torch.autograd.Function):
         return grad, None, None
 
 
+class _RoundedTwice(torch.autograd.Function):
+    """A linear layer whose weight is rounded in the forward and again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        numerics: WeightNumerics,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        x = x.to(dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.numerics, ctx.dtype = numerics, dtype
+        rounded = _RoundWeight.forward(ctx, weight, numerics, dtype)
+        return F.linear(x, rounded, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad @ _RoundWeight.forward(ctx, weight, ctx.numerics, ctx.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            to_weight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            to_bias = flat.sum(0).to(weight.dtype)
+        return to_x, to_weight, to_bias, None, None
+
+
 def _fake_linear(
     layer: FakeQuantLinear | FakeQuantConv1D, x: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """`weight` is [out, in]."""
+    if layer.rounds_again:
+        x = x if layer.inputs is None else layer.inputs(x)
+        return _RoundedTwice.apply(
+            x, weight, layer.bias, layer.numerics.weight, _compute_dtype(weight)
+        )
     rounded = _RoundWeight.apply(weight, layer.numerics.weight, _compute_dtype(weight))
     return F.linear(x if layer.inputs is None else layer.inputs(x), rounded, layer.bias)
 
