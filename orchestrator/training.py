@@ -270,6 +270,7 @@ class Crew:
                 gathers=gathers,
                 pieces=bench.pieces,
             )
+            self.is_broken = True  # until all have done their part
             self._orders_out(part.model_dump_json())
             report, state, gathered = self._do(part, bench, Chooser(model, prunings))
         finally:

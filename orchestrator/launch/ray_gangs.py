@@ -524,6 +524,8 @@ class RayGangs:
                 gang.hear_beat(ref)
                 return []
             ray.get(ref)
+        except RayTaskError as error:
+            return self._lose(gang, error, again=True)  # as above
         except RayError as error:
             return self._lose(gang, error)
         return self._lose(gang, RayError("a worker left its gang"))
@@ -565,15 +567,18 @@ class RayGangs:
             self._relieve(gang)
         if answer.problems:
             return [Lost(work, Reason.ERROR, answer.problems[0], again=False)]
+        if answer.is_broken and getattr(answer.value, "reason", None) is Reason.ERROR:
+            # Mostly another rank has died, and this one has heard of it before Ray did.
+            return [Lost(work, Reason.ERROR, f"its gang broke up: {answer.value.message}")]
         return [Done(work, answer.value)]
 
-    def _lose(self, gang: Gang, error: RayError) -> list[Event]:
+    def _lose(self, gang: Gang, error: RayError, *, again: bool = False) -> list[Event]:
         """What became of a gang whose process is gone."""
         assert gang.work
         self._end(gang)
         is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
         reason = Reason.OOM if is_full else Reason.ERROR
-        again = not isinstance(error, RayTaskError) and not _never_started(error)
+        again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
         return [Lost(gang.work, reason, _words(error), again=again)]
 
