@@ -163,6 +163,9 @@ def worker(order: Json) -> None:
         sections = sections | {"finetune": finetune | sections.get("finetune", {})}
         reset_peak("cpu")
         result = run_trial(recipe.trial_config(model=family, **sections), bench, lambda stage: None)
+        if bench.crew is not None and bench.crew.is_broken:
+            print(f"\n{result.message}", flush=True)
+            os._exit(1)  # the others wait for it
         results[name] = result.model_dump(mode="json")
     if bench.crew is not None:
         bench.crew.dismiss()
@@ -220,6 +223,7 @@ def break_on_purpose(control: str) -> None:
         Replicated.wrap = alone
     if control == "prepared after it was wrapped":
         # By torchao, which puts other modules in place; ours keeps those that were wrapped.
+        import torch
         from torchao.quantization import quantize_
         from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
@@ -228,7 +232,7 @@ def break_on_purpose(control: str) -> None:
 
         def later(*arguments: Any) -> Any:
             model = filled(*arguments)
-            weight = IntxFakeQuantizeConfig("int8", "per_channel", is_symmetric=True)
+            weight = IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True)
             quantize_(model, QATConfig(weight_config=weight, step="prepare"))
             return model
 
