@@ -286,10 +286,12 @@ class Crew:
             with suppress(Diverged):  # on every rank at the same step
                 self._do(Part.model_validate_json(order), bench, None)
             after_each()
+        torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter
 
     def dismiss(self) -> None:
-        """Let the others go, as rank 0."""
+        """Let the others go, as rank 0, and end the process group."""
         self._orders_out("")
+        torch.distributed.destroy_process_group()
 
     def _orders_out(self, text: str) -> None:
         if self.ranks.size > 1:

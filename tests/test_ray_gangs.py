@@ -325,6 +325,7 @@ def test_each_worker_of_a_gang_is_told_what_torchrun_would_say(gangs, tmp_path):
     until(lambda: ray.available_resources().get("CPU") == 4)
 
 
+@pytest.mark.slow
 def test_all_workers_die_with_one_and_the_work_may_be_tried_again(gangs, tmp_path):
     launcher = gangs(workers_per_trial=3)
     launcher.start(do("hang"))
@@ -355,6 +356,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_ended_with_its_gang(gangs, tmp_p
     until(lambda: ray.available_resources().get("CPU") == 4)
 
 
+@pytest.mark.slow
 def test_a_large_gang_gets_its_turn_among_small_ones(gangs, tmp_path):
     launcher = gangs(per_model={"large": {"workers_per_trial": 4}})
     small, large = TrialConfig(model="toy"), TrialConfig(model="large")
