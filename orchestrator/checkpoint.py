@@ -168,10 +168,9 @@ class Saver:
         weights, gathered_state = gathered(model), gather(model, optimizer)
         if Ranks.here().rank > 0:
             return
-        parameters = dict(model.named_parameters())
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
-            if name in persistent and name not in parameters:
+            if name in persistent:
                 weights[name] = buffer.detach().cpu().contiguous()
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f".step-{step}"

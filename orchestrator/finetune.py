@@ -115,12 +115,13 @@ def finetune(
     """Train `model` in place and leave it in evaluation mode.
 
     `on_step(step, num_steps)` is called with the number of steps taken, mostly 0, before the
-    first optimizer step and with k after the k-th; `on_log(step, num_steps, loss)` every `logging_steps`. `max_steps` goes before the
-    options' own. Steps go on from where `earlier` stands, as if they had been taken here, and
-    `saver` writes them down; `on_end` gets model and optimizer after the last. On a CPU the same seed gives the same weights. All ranks of
-    a process group call this with the same arguments and the part of the model that `strategy`
-    lets them hold; a step is over the same rows however many they are, and in however many
-    `pieces` each takes its rows. Raises `Diverged`.
+    first optimizer step and with k after the k-th; `on_log(step, num_steps, loss)` every
+    `logging_steps`. `max_steps` goes before the options' own. Steps go on from where `earlier`
+    stands, as if they had been taken here, and `saver` writes them down; `on_end` gets model and
+    optimizer after the last. On a CPU the same seed gives the same weights. All ranks of a process
+    group call this with the same arguments and the part of the model that `strategy` lets them
+    hold; a step is over the same rows however many they are, and in however many `pieces` each
+    takes its rows. Raises `Diverged`.
     """
     import torch
     from accelerate.utils import set_seed
@@ -247,19 +248,14 @@ def objective(
 # -- what a step is ------------------------------------------------------------------------------
 
 
-def count_steps(options: FinetuneOptions, steps_an_epoch: float, max_steps: int | None) -> int:
-    """Optimizer steps in all."""
+def steps_of(options: FinetuneOptions, num_rows: int, max_steps: int | None = None) -> int:
+    """Optimizer steps in all, over so many rows; `max_steps` goes before the options' own."""
     if max_steps is None:
         max_steps = options.max_steps
-    if max_steps is None:
-        return math.ceil(options.num_train_epochs * steps_an_epoch)
-    return max_steps
-
-
-def steps_of(options: FinetuneOptions, num_rows: int, max_steps: int | None) -> int:
-    """Optimizer steps in all, over so many rows."""
-    batches_an_epoch = math.ceil(num_rows / options.per_device_train_batch_size)
-    return count_steps(options, batches_an_epoch / options.gradient_accumulation_steps, max_steps)
+    if max_steps is not None:
+        return max_steps
+    batches = math.ceil(num_rows / options.per_device_train_batch_size)
+    return math.ceil(options.num_train_epochs * batches / options.gradient_accumulation_steps)
 
 
 def learning_rate(options: FinetuneOptions, step: int, num_steps: int) -> float:

@@ -23,12 +23,11 @@ import torch
 from orchestrator.bench import Bench
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import open_study, write_manifest
-from orchestrator.rebuild import recipe_of
+from orchestrator.rebuild import recipe_of, study_above
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.resources import GangOptions
 from orchestrator.run_trial import run_baseline, run_trial
-from orchestrator.stages import write_atomically
-from orchestrator.study import RESULT
+from orchestrator.study import RESULT, write_result
 from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import BadInput, TrialConfig, TrialResult, TrialStatus
 
@@ -98,20 +97,14 @@ def _run(config: TrialConfig, bench: Bench) -> TrialResult:
         dense = run_baseline(config.model, bench, note)
         if dense.status is not TrialStatus.COMPLETED:
             return dense
-        _write(dense, baseline)
+        write_result(dense, baseline)
     result = run_trial(config, bench, note)
-    _write(result, folder / "trials" / config.id)
+    write_result(result, folder / "trials" / config.id)
     return result
 
 
-def _write(result: TrialResult, folder: Path) -> None:
-    config = json.dumps(result.config.model_dump(mode="json"), indent=1)
-    write_atomically(folder / "config.json", config, durable=False)
-    write_atomically(folder / RESULT, result.model_dump_json(indent=1), durable=False)
-
-
 def _recipe_above(path: Path) -> Recipe:
-    home = next((p for p in path.resolve().parents if (p / MANIFEST).is_file()), None)
+    home = study_above(path)
     if home is None:
         raise BadInput([f"no study lies above {path}; name its recipe with --recipe."])
     return recipe_of(home)
@@ -144,14 +137,12 @@ def gang_options(
     own = recipe.resources.of(model)
     chosen: dict[str, Any] = {"strategy": own.strategy, "offload": own.offload}
     chosen["deepspeed"] = own.deepspeed
-    chosen |= _of_accelerate(environ)
-    if strategy is not None:
-        chosen["strategy"] = strategy
-    if size == 1 and chosen["strategy"] is None:
-        chosen["strategy"] = "single"
     try:
+        chosen |= _of_accelerate(environ)
+        if strategy is not None:
+            chosen["strategy"] = strategy
         return GangOptions(workers_per_trial=size, **chosen)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise BadInput(
             [f"{size} ranks, strategy {chosen['strategy']}: {_reason(error)}."]
         ) from error

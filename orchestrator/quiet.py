@@ -13,7 +13,6 @@ TALKERS = (
     "transformers",
     "accelerate",
     "httpx",
-    "DeepSpeed",
 )
 
 

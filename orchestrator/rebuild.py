@@ -25,6 +25,11 @@ def recipe_of(study: Path) -> Recipe:
     return Recipe.from_resolved(manifest["recipe"], output_dir=study)
 
 
+def study_above(path: Path) -> Path | None:
+    """The folder of the study that a file or folder lies in."""
+    return next((p for p in path.resolve().parents if (p / MANIFEST).is_file()), None)
+
+
 def find_trial(trial: str, study: Path | None) -> tuple[Path, Path]:
     """The study and the folder of the trial whose id begins with `trial`. Raises `BadInput`."""
     if study is not None and not (study / MANIFEST).is_file():
@@ -106,7 +111,7 @@ def measure_again(artifact: Path, study: Path | None) -> dict[str, Any]:
     if not (artifact / DESCRIPTION).is_file():
         raise BadInput([f"{artifact} is no artifact's folder: it has no {DESCRIPTION}."])
     description = verify(artifact)
-    home = study or next((p for p in artifact.resolve().parents if (p / MANIFEST).exists()), None)
+    home = study or study_above(artifact)
     recipe = recipe_of(home) if home else None
     from orchestrator.quiet import quiet
 

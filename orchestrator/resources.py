@@ -66,6 +66,10 @@ class GangOptions(Frozen):
             raise ValueError(f"`strategy: {name}` cannot offload {' and '.join(self.offload)}")
         if self.offload == ("parameters",):
             raise ValueError("parameters are offloaded with the optimizer's state, not without")
+        if name == "fsdp2" and len(self.offload) == 1:
+            raise ValueError(
+                "`strategy: fsdp2` offloads both the optimizer and parameters, or none"
+            )
         if self.deepspeed is not None:
             _check_deepspeed(self.deepspeed, name)
         return self

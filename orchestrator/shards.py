@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from orchestrator.ranks import Ranks
+
 
 def is_zero3(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed keeps a stretch of it on each rank."""
@@ -40,12 +42,10 @@ def held(parameter: torch.Tensor) -> torch.Tensor:
 def part_of(parameter: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
     """The part of `full`, which has the parameter's full shape, that belongs to `held`."""
     if isinstance(parameter, DTensor):
-        rows, offset = len(parameter.to_local()), 0
-        if rows:
-            offset = _first_row(parameter)
-        return full[offset : offset + rows]
+        begin = _first_row(parameter)
+        return full[begin : begin + len(parameter.to_local())]
     if is_zero3(parameter):
-        begin = _rank() * parameter.ds_tensor.ds_numel
+        begin = Ranks.here().rank * parameter.ds_tensor.ds_numel
         return full.reshape(-1)[begin : begin + parameter.ds_tensor.ds_numel]
     return full
 
@@ -72,7 +72,7 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         full = whole(parameter)
-        if _rank() == 0:
+        if Ranks.here().rank == 0:
             found[name] = full.to("cpu", copy=True)
     return found
 
@@ -81,9 +81,6 @@ def spread(
     parameter: torch.Tensor, full: torch.Tensor | None, *, dtype: torch.dtype
 ) -> torch.Tensor:
     """This rank's part of a tensor [full shape of the parameter] that rank 0 alone has. Together."""
-    if not torch.distributed.is_initialized():
-        assert full is not None
-        return full
     device = held(parameter).device
     if full is None:
         full = torch.empty(full_shape(parameter), dtype=dtype, device=device)
@@ -91,10 +88,6 @@ def spread(
         full = full.to(device=device, dtype=dtype).contiguous()
     torch.distributed.broadcast(full, 0)
     return part_of(parameter, full).clone()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def _first_row(parameter: DTensor) -> int:
@@ -105,5 +98,5 @@ def _first_row(parameter: DTensor) -> int:
 
 def _stretch(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Without the padding at the end of the last rank's part."""
-    left = full_shape(parameter).numel() - _rank() * part.numel()
+    left = full_shape(parameter).numel() - Ranks.here().rank * part.numel()
     return part[: max(0, min(left, part.numel()))]

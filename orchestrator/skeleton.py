@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
-from orchestrator.prune.tree import shrink
+from orchestrator.prune.tree import parameter_names, shrink
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,12 +35,8 @@ def make_skeleton(
 
 def aliases(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Each parameter once, with all its names; tied ones have several."""
-    names: dict[int, list[str]] = defaultdict(list)
-    parameters: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
-        parameters[id(parameter)] = parameter
-    return [(names[key], parameter) for key, parameter in parameters.items()]
+    names = parameter_names(model)
+    return [(names[id(parameter)], parameter) for parameter in model.parameters()]
 
 
 class Stored:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import count
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import Field, ValidationError
 
-from orchestrator.finetune import FinetuneOptions
+from orchestrator.finetune import FinetuneOptions, steps_of
 from orchestrator.parameters import (
     ABSENT,
     Choice,
@@ -212,13 +211,9 @@ def trains(options: FinetuneOptions) -> bool:
 
 def num_steps(finetune: Mapping[str, Any], num_train: int) -> int:
     """Optimizer steps of a fine-tuning section on `num_train` rows."""
-    if finetune["max_steps"] is not None:
-        return int(finetune["max_steps"])
-    if finetune["augmentation"] is not None:
-        num_train *= 1 + finetune["augmentation"]["copies"]
-    batches = math.ceil(num_train / finetune["per_device_train_batch_size"])
-    steps: float = finetune["num_train_epochs"] * batches / finetune["gradient_accumulation_steps"]
-    return math.ceil(steps)
+    options = FinetuneOptions(**finetune)
+    copies = options.augmentation.copies if options.augmentation else 0
+    return steps_of(options, num_train * (1 + copies))
 
 
 def can_go_on(config: TrialConfig) -> bool:

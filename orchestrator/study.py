@@ -478,10 +478,7 @@ class Study:
 
     def write(self, outcome: Outcome) -> None:
         """A result as files for people; the ledger has it already."""
-        config = json.dumps(outcome.result.config.model_dump(mode="json"), indent=1)
-        write_atomically(outcome.folder / "config.json", config, durable=False)
-        text = outcome.result.model_dump_json(indent=1)
-        write_atomically(outcome.folder / RESULT, text, durable=False)
+        write_result(outcome.result, outcome.folder)
 
     # -- telling ---------------------------------------------------------------------------------
 
@@ -514,6 +511,13 @@ class Study:
         """References and what the search asks for, or the first of it."""
         asked = islice(self.recipe.asked(), MAX_SHOWN + 1)
         return {*(config for _, config in self._references()), *asked}
+
+
+def write_result(result: TrialResult, folder: Path) -> None:
+    """A trial's configuration and result, in its folder."""
+    config = json.dumps(result.config.model_dump(mode="json"), indent=1)
+    write_atomically(folder / "config.json", config, durable=False)
+    write_atomically(folder / RESULT, result.model_dump_json(indent=1), durable=False)
 
 
 def read_result(folder: Path) -> TrialResult | None:

@@ -124,8 +124,33 @@ def _alone(
     *,
     gathers: bool,
 ) -> tuple[TrainingReport, Gathered | None]:
+    return _finetuned(
+        model,
+        assignment,
+        bench,
+        bench.lesson(assignment.source),
+        tokenizer,
+        on_step=[pruning.on_step for pruning in prunings],
+        earlier=earlier,
+        saver=saver,
+        gathers=gathers,
+        pieces=bench.pieces,
+    )
+
+
+def _finetuned(
+    model: PreTrainedModel,
+    assignment: Assignment,
+    bench: Bench,
+    lesson: Lesson,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    on_step: Sequence[OnStep],
+    gathers: bool,
+    **arguments: Any,
+) -> tuple[TrainingReport, Gathered | None]:
+    """`finetune` as the assignment says, with the optimizer's state if it `gathers`."""
     found: list[Gathered] = []
-    lesson = bench.lesson(assignment.source)
     encoded = bench.encoded_lesson(lesson, tokenizer)
     report = finetune(
         model,
@@ -134,14 +159,12 @@ def _alone(
         assignment.finetune,
         seed=assignment.seed,
         device=bench.device,
-        on_step=[*(pruning.on_step for pruning in prunings), *_each_step(model, assignment)],
+        on_step=[*on_step, *_each_step(model, assignment)],
         teacher=lesson.teacher,
         hidden=_hidden(model, assignment, lesson, encoded),
         max_steps=assignment.max_steps,
-        earlier=earlier,
-        saver=saver,
         on_end=(lambda *trained: found.append(gather(*trained))) if gathers else None,
-        pieces=bench.pieces,
+        **arguments,
     )
     return report, found[0] if found else None
 
@@ -272,10 +295,10 @@ class Crew:
             )
             self.is_broken = True  # until all have done their part
             self._orders_out(part.model_dump_json())
-            report, state, gathered = self._do(part, bench, Chooser(model, prunings))
+            report, weights, gathered = self._do(part, bench, Chooser(model, prunings))
         finally:
             shutil.rmtree(start, ignore_errors=True)
-        for name, value in state.items():
+        for name, value in weights.items():
             model.get_parameter(name).data = value
         model.to(bench.device).eval()
         return report, gathered
@@ -309,29 +332,23 @@ class Crew:
         model = _filled(strategy, start, bench, assignment, device, removals)
         tokenizer = AutoTokenizer.from_pretrained(start / "tokenizer")
         lesson = open_lesson(assignment.source, bench, _live(strategy, assignment, bench, device))
-        encoded = bench.encoded_lesson(lesson, tokenizer)
         masks = SpreadMasks(model, assignment.prune, chooser)
-        found: list[Gathered] = []
         earlier = saver = None
         if part.earlier:
             earlier = Earlier(Path(part.earlier), part.step, part.progress, is_placed=True)
         if part.going:
             saver = Saver(Path(part.going), bench.recipe.resources.save_steps)
         try:
-            report = finetune(
+            report, state_of_optimizer = _finetuned(
                 model,
-                bench.task,
-                encoded,
-                assignment.finetune,
-                seed=assignment.seed,
-                device=device,
-                on_step=[masks.on_step, *_each_step(model, assignment)],
-                teacher=lesson.teacher,
-                hidden=_hidden(model, assignment, lesson, encoded),
-                max_steps=assignment.max_steps,
+                assignment,
+                bench,
+                lesson,
+                tokenizer,
+                on_step=[masks.on_step],
                 earlier=earlier,
                 saver=saver,
-                on_end=(lambda *trained: found.append(gather(*trained))) if part.gathers else None,
+                gathers=part.gathers,
                 strategy=strategy,
                 pieces=part.pieces,
             )
@@ -340,12 +357,12 @@ class Crew:
             raise
         finally:
             strategy.leave()
-        state = shards.gathered(model)
+        weights = shards.gathered(model)
         peaks = torch.zeros(self.ranks.size)
         peaks[self.ranks.rank] = peak_mb(bench.device)
         self.peaks_mb = self.ranks.total(peaks).tolist()
         self.is_broken = False
-        return report, state, found[0] if found else None
+        return report, weights, state_of_optimizer
 
 
 def _filled(

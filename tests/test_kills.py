@@ -203,6 +203,7 @@ def test_gangs_of_one_and_of_two_survive_kills_and_hangs(tmp_path):
     rng = random.Random(3)
     driver = start(recipe)
     seen: set[int] = set()
+    hit = 0
     for number in range(NUM_KILLS + 1):
         time.sleep(rng.uniform(0.05, 0.2) * seconds)
         if driver.poll() is not None:
@@ -213,6 +214,8 @@ def test_gangs_of_one_and_of_two_survive_kills_and_hangs(tmp_path):
         if workers:
             sent = signal.SIGSTOP if number == 2 else signal.SIGKILL
             os.kill(rng.choice(workers).pid, sent)
+            hit += 1
+    assert hit > 1
     time.sleep(0.1 * seconds)
     kill_driver(driver)
     known = measurements(recipe)

@@ -357,6 +357,17 @@ def test_a_worker_that_gives_no_sign_of_life_is_ended_with_its_gang(gangs, tmp_p
 
 
 @pytest.mark.slow
+def test_a_gang_that_was_idle_for_long_is_not_taken_for_silent(gangs, tmp_path):
+    launcher = gangs(workers_per_trial=2, silence_s=10)
+    launcher.start(do("wait go"))
+    launcher.wait(8.0)  # each is heard of once
+    (tmp_path / "go").touch()
+    [first] = ended(launcher)
+    time.sleep(12)  # nobody listens to it meanwhile
+    assert run(launcher, "answer")["pid"] == first.result["pid"]
+
+
+@pytest.mark.slow
 def test_a_large_gang_gets_its_turn_among_small_ones(gangs, tmp_path):
     launcher = gangs(per_model={"large": {"workers_per_trial": 4}})
     small, large = TrialConfig(model="toy"), TrialConfig(model="large")

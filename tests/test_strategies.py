@@ -185,6 +185,7 @@ def test_ranks_share_out_every_row_once_and_make_as_many_calls(
         ({"gpus_per_trial": 4, "workers_per_trial": 2}, "a worker has one GPU"),
         ({"strategy": "ddp", "offload": ["optimizer"]}, "`strategy: ddp` cannot offload optimizer"),
         ({"strategy": "zero2", "offload": ["optimizer", "parameters"]}, "cannot offload"),
+        ({"strategy": "fsdp2", "offload": ["optimizer"]}, "offloads both the optimizer and"),
         ({"strategy": "zero3", "offload": ["parameters"]}, "are offloaded with the optimizer"),
         ({"strategy": "fsdp2", "deepspeed": {}}, "`deepspeed` is for zero1, zero2 and zero3"),
         (
@@ -220,6 +221,8 @@ def test_a_trial_is_started_as_accelerate_launch_was_told(tmp_path: Path) -> Non
     assert found(2, **deepspeed, **stage).strategy_name == "zero3"
     offload = {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     assert found(2, **deepspeed, **stage, **offload).offload == ("optimizer",)
+    with pytest.raises(BadInput, match="absent.json"):
+        found(2, **deepspeed, ACCELERATE_DEEPSPEED_CONFIG_FILE="absent.json")
     named = found(2, **deepspeed, ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
     assert named.strategy_name == "zero1" and named.deepspeed is not None
     with pytest.raises(BadInput, match="2 ranks, strategy single: `strategy: single` is for one"):

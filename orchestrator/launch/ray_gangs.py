@@ -152,8 +152,9 @@ class Gang:
     """Workers on a placement group of their own, kept from one work to the next.
 
     `work` is what it does now, `begun` whether a worker has said so, `memory_mb` the size of its
-    first worker after each work; it `lacks_room` if there was none when it came. Workers behind the first follow it: `following` ends only where
-    one fails. `beats` are their signs of life.
+    first worker after each work; it `lacks_room` if there was none when it came. Workers behind
+    the first follow it: `following` ends only where one fails. `beats` are their signs of life, and
+    `alive_at` says when each rank gave the last.
     """
 
     def __init__(self, shape: Shape, *, name: str, worker: str, arguments: dict[str, Any]) -> None:
@@ -206,9 +207,14 @@ class Gang:
         self.beats[self._beat(rank)] = rank
 
     def silent(self, limit_s: float) -> list[int]:
-        """Ranks that have been heard of, but not for so long."""
+        """Ranks that have been heard of, but owe an answer for so long.
+
+        One that lies ready was given in time: nobody listens to an idle gang.
+        """
         now = time.monotonic()
-        return [rank for rank, at in enumerate(self.alive_at) if now - at > limit_s]
+        owed = {0: self.news} | {rank: beat for beat, rank in self.beats.items()}
+        late = [rank for rank, at in enumerate(self.alive_at) if now - at > limit_s]
+        return [rank for rank in late if not ray.wait([owed[rank]], timeout=0)[0]]
 
     def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
         """Call a method of the first worker; it tells its news while it works."""

@@ -49,7 +49,7 @@ def read_signature(model: PreTrainedModel) -> Signature:
         weights=tuple(_weights(model, family)),
         groups=(*groups, _vocabulary(model)),
         attentions=tuple(attentions),
-        tied={name: names[0] for names in _names(model).values() for name in names[1:]},
+        tied={name: names[0] for names in parameter_names(model).values() for name in names[1:]},
         head=_head(model),
         constants=_constants(model.config, family),
     )
@@ -138,7 +138,7 @@ def _stacks(model: PreTrainedModel) -> Iterator[tuple[Stack, str]]:
             yield stack, path
 
 
-def _names(model: PreTrainedModel) -> dict[int, list[str]]:
+def parameter_names(model: PreTrainedModel) -> dict[int, list[str]]:
     """All names of each parameter, by its identity; tied ones have several."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -267,7 +267,7 @@ def _vocabulary(model: PreTrainedModel) -> Group:
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     owned = [table, *(head.parameters(recurse=False) if head is not None else ())]
-    names = _names(model)
+    names = parameter_names(model)
     rows = dict.fromkeys(name for parameter in owned for name in names[id(parameter)])
     slices = tuple(Slice(weight=name, dim=0) for name in rows)
     return Group(name="vocabulary", kind="vocabulary", num_units=len(table), slices=slices)
