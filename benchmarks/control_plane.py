@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from orchestrator.facts import facts_of
-from orchestrator.launch.ray_cluster import num_cores
 from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.launch.virtual import Virtual
 from orchestrator.recipe import Recipe, make_recipe
+from orchestrator.resources import num_cores
 from orchestrator.search import Search
 from orchestrator.study import Study
 from orchestrator.trial import Measurement, Result, TrialConfig, TrialResult, TrialStatus, Work

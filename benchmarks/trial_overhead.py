@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from small_study import SMALL, demo_model, fresh_process, recipe_for, warm_gang
 
-from orchestrator.launch.ray_cluster import num_cores
 from orchestrator.recipe import Recipe
+from orchestrator.resources import num_cores
 from orchestrator.trial import TrialConfig, TrialStatus
 
 Json = dict[str, Any]

@@ -30,13 +30,14 @@ class Past:
 
     def __init__(self) -> None:
         self._runs: dict[int, tuple[float, float]] = {}  # first and last event under each lease
-        self._begun: dict[str, tuple[int, float]] = {}
+        self._begun: dict[str, tuple[int, float, int]] = {}
 
     def add(self, event: Event) -> None:
         first, _ = self._runs.get(event.lease, (event.time, event.time))
         self._runs[event.lease] = (first, event.time)
         if event.kind == "started":
-            self._begun[event.key] = (event.lease, event.time)
+            devices = event.payload.get("devices", 1)
+            self._begun[event.key] = (event.lease, event.time, devices)
         elif event.kind in ("finished", "lost"):
             self._begun.pop(event.key, None)
 
@@ -47,8 +48,9 @@ class Past:
 
     @property
     def unended_s(self) -> float:
-        """Seconds of works that came to no end, up to the last event of their driver."""
-        return sum(self._runs[lease][1] - since for lease, since in self._begun.values())
+        """Device-seconds of works that came to no end, up to the last event of their driver."""
+        begun = self._begun.values()
+        return sum((self._runs[lease][1] - since) * devices for lease, since, devices in begun)
 
 
 class Budget(Frozen):

@@ -36,7 +36,8 @@ class Cost:
     """Device-seconds of the parts of a study.
 
     `baselines` are the rows of a dry run by model and `paths` those by path, `num_tried` is how
-    many data rows each of them had of every split.
+    many data rows each of them had of every split, `workers_tried` how many shared each model's
+    training. Workers share that work; the rest one of them does while the others wait.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Cost:
         baselines: Mapping[str, Json],
         paths: Mapping[str, Json],
         num_tried: int,
+        workers_tried: Mapping[str, int],
     ) -> None:
         self.recipe, self.models = recipe, facts["models"]
         self.num_test = facts["num_rows"]["test"]
         self.baselines, self.paths = baselines, paths
-        self.num_tried = num_tried
+        self.num_tried, self.workers_tried = num_tried, workers_tried
         self._exported: set[str] = set()
         self._timed: set[str] = set()
         self._answered: set[str] = set()
@@ -73,7 +75,7 @@ class Cost:
         scoring = FORWARD * validation * row["training"]["position_seconds"]
         training = sum(self._training_s(budget, row, model) for budget in budgets)
         config = TrialConfig(**row["config"])
-        return float(training + len(budgets) * scoring + self._artifact_s(config, row))
+        return self._all(model, training, len(budgets) * scoring + self._artifact_s(config, row))
 
     def trial_s(self, config: TrialConfig) -> float:
         """One configuration, 0 where its path did not work. Asked in the study's order."""
@@ -81,13 +83,19 @@ class Cost:
         if row is None or not row["works"]:
             return 0.0
         if self._is_trained(config):
-            return self._artifact_s(config, row)
+            return self._all(config.model, 0.0, self._artifact_s(config, row))
         larger = self._work(config) / self._work(TrialConfig(**row["config"]))
         training = larger * self._training_s(config.finetune, row, config.model)
         overhead = max(0.0, row["stage_seconds"]["finetune"] - row["training"]["seconds"])
         answers = self._answers_s(config)
         pruning = self._prune_s(config, row)
-        return float(training + overhead + answers + pruning + self._artifact_s(config, row))
+        alone = overhead + answers + pruning + self._artifact_s(config, row)
+        return self._all(config.model, training, alone)
+
+    def _all(self, model: str, training: float, alone: float) -> float:
+        """Of all workers of a gang, from seconds of those that were tried."""
+        workers = self.recipe.resources.of(model).num_workers
+        return float(training * self.workers_tried[model] + alone * workers)
 
     def _is_trained(self, config: TrialConfig) -> bool:
         """Whether an earlier configuration has the same training, so that there is none to do."""

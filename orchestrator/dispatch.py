@@ -37,7 +37,8 @@ def _in_parts(work: Work, result: Result) -> Lost | None:
 class Dispatch:
     """Hands works to a launcher and hears of them. `device_s` is what lost works have taken.
 
-    `timed_on` is asked, as a work starts, for the kind of machine whose speed counts.
+    `timed_on` is asked, as a work starts, for the kind of machine whose speed counts; `devices` how
+    many a work takes.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Dispatch:
         *,
         max_attempts: int,
         timed_on: Callable[[], str],
-        devices: int = 1,
+        devices: Callable[[Work], int] = lambda work: 1,
     ) -> None:
         self.launcher, self.ledger = launcher, ledger
         self.max_attempts, self.devices, self.timed_on = max_attempts, devices, timed_on
@@ -85,7 +86,8 @@ class Dispatch:
 
     def _start(self, work: Work) -> None:
         if work.kind in ("baseline", "trial"):  # the others end as measurements
-            self.ledger.append("started", work.key, attempt=work.attempt)
+            devices = self.devices(work)
+            self.ledger.append("started", work.key, attempt=work.attempt, devices=devices)
         work = replace(work, timed_on=self.timed_on())
         self.running[work.kind, work.key] = Running(work, self.launcher.now())
         self.launcher.start(work)
@@ -119,7 +121,7 @@ class Dispatch:
 
     def _lose(self, work: Work, **why: Any) -> None:
         running = self.running.pop((work.kind, work.key))
-        seconds = (self.launcher.now() - running.since) * self.devices
+        seconds = (self.launcher.now() - running.since) * self.devices(work)
         self.device_s += seconds
         self.ledger.append(
             "lost", work.key, attempt=work.attempt, device_seconds=seconds, work=work.kind, **why

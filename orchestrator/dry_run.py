@@ -1,7 +1,8 @@
 """Every distinct path of a recipe once, small: what works here, what does not, what the study will cost.
 
 A path is prune methods × scheme × runtime. It takes two optimizer steps on 32 rows and is then
-exported and measured like a real trial, in a folder that is thrown away.
+exported and measured like a real trial, in a folder that is thrown away. A trial for many GPUs is
+trained by as many processes as fit.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,14 +21,13 @@ from rich.table import Table
 from orchestrator.cost import Cost, path_of
 from orchestrator.facts import Json
 from orchestrator.finetune import FinetuneOptions
+from orchestrator.launch import Done, Launcher, make_launcher
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
+from orchestrator.rehearsal import rehearse
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, trains
-from orchestrator.trial import TrialConfig, TrialResult, TrialStatus
-
-if TYPE_CHECKING:
-    from orchestrator.bench import Bench
+from orchestrator.trial import TrialConfig, TrialResult, TrialStatus, Work
 
 ROWS, STEPS = 32, 2
 MAX_CONFIGS = 2000  # so many are looked through for paths
@@ -37,27 +38,30 @@ def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
 
     `estimated_hours` is None where a baseline did not.
     """
-    from orchestrator.quiet import quiet
-
-    quiet()
-    from orchestrator.bench import Bench
+    import torch
 
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="slimtune-dry-") as folder:
-        here, substituted = on_this_device(recipe, device)
-        bench = Bench(here, Path(folder), device=device, rows_limit=ROWS, steps_limit=STEPS)
-        facts = bench.facts()
+    trying = rehearse(recipe, device=device, num_gpus=torch.cuda.device_count())
+    with (
+        tempfile.TemporaryDirectory(prefix="slimtune-dry-") as folder,
+        closing(_launcher(trying.recipe, Path(folder), trying.device)) as launcher,
+    ):
+        facts = launcher.facts()
         recipe.check_facts(facts)
         setup_s = time.perf_counter() - started
-        baselines = {m.id: _try_baseline(m.id, bench, substituted) for m in recipe.models}
+        said = trying.substituted
+        baselines = {m.id: _try_baseline(m.id, launcher, said[m.id]) for m in recipe.models}
         works = all(row["works"] for row in baselines.values())
         reasons = reasons_against(planned_configs(recipe, facts), recipe, facts)
         rows = {
-            path: _try(path, config, reasons[config], bench, substituted)
+            path: _try(path, config, reasons[config], launcher, said[config.model])
             for path, config in distinct_paths(reasons).items()
             if works
         }
-    cost = Cost(recipe, facts, baselines=baselines, paths=rows, num_tried=ROWS)
+    workers = {m: trying.recipe.resources.of(m).num_workers for m in said}
+    cost = Cost(
+        recipe, facts, baselines=baselines, paths=rows, num_tried=ROWS, workers_tried=workers
+    )
     can_work = [config for config, reason in reasons.items() if reason is None]
     return {
         "study": recipe.name,
@@ -67,16 +71,8 @@ def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
     }
 
 
-def on_this_device(recipe: Recipe, device: str | None) -> tuple[Recipe, str]:
-    """The recipe with a target that this machine has, and what was put in its place."""
-    import torch
-
-    wanted = recipe.target.device
-    has_gpu = torch.cuda.is_available() and device != "cpu"
-    if has_gpu or not wanted.startswith("cuda"):
-        return recipe, ""
-    target = recipe.target.model_copy(update={"device": "cpu"})
-    return recipe.model_copy(update={"target": target}), f"served on cpu instead of {wanted}"
+def _launcher(recipe: Recipe, folder: Path, device: str | None) -> Launcher:
+    return make_launcher(recipe, folder, device=device, rows_limit=ROWS, steps_limit=STEPS)
 
 
 def planned_configs(recipe: Recipe, facts: Json) -> list[TrialConfig]:
@@ -120,28 +116,37 @@ def _signature(model: str, facts: Json) -> Signature:
     return Signature.model_validate(facts["models"][model]["signature"])
 
 
-def _try_baseline(model: str, bench: Bench, substituted: str) -> Json:
-    from orchestrator.run_trial import run_baseline
-
-    return _row(f"{model}: dense", run_baseline(model, bench, _ignore), substituted)
+def _try_baseline(model: str, launcher: Launcher, substituted: str) -> Json:
+    work = Work("baseline", f"baseline:{model}", model=model)
+    return _row(f"{model}: dense", TrialConfig(model=model), work, launcher, substituted)
 
 
 def _try(
-    path: str, config: TrialConfig, reason: str | None, bench: Bench, substituted: str
+    path: str, config: TrialConfig, reason: str | None, launcher: Launcher, substituted: str
 ) -> Json:
-    from orchestrator.run_trial import run_trial
-
     if reason is None:
-        return _row(path, run_trial(config, bench, _ignore), substituted)
+        work = Work("trial", config.id, config=config)
+        return _row(path, config, work, launcher, substituted)
+    return _failed(path, config, reason, "")
+
+
+def _row(path: str, config: TrialConfig, work: Work, launcher: Launcher, substituted: str) -> Json:
+    """What came of a work."""
+    launcher.start(work)
+    (event,) = launcher.wait()
+    if isinstance(event, Done):
+        assert isinstance(event.result, TrialResult)
+        return _tried(path, event.result, substituted)
+    return _failed(path, config, event.message, substituted)
+
+
+def _failed(path: str, config: TrialConfig, why: str, substituted: str) -> Json:
     values = config.model_dump(mode="json")
-    return {"path": path, "works": False, "why_not": reason, "substituted": "", "config": values}
+    told = {"path": path, "works": False, "why_not": why}
+    return told | {"substituted": substituted, "config": values}
 
 
-def _ignore(text: str) -> None:
-    """Nobody looks on."""
-
-
-def _row(path: str, result: TrialResult, substituted: str) -> Json:
+def _tried(path: str, result: TrialResult, substituted: str) -> Json:
     details = result.details
     trained = [line for line in details.get("candidates", ()) if "diverged" not in line]
     return {
@@ -149,7 +154,10 @@ def _row(path: str, result: TrialResult, substituted: str) -> Json:
         "works": result.status is TrialStatus.COMPLETED,
         "why_not": result.message,
         "seconds": result.device_seconds,
-        "peak_memory_mb": details.get("peak_training_memory_mb"),
+        "peak_memory_mb": max(
+            details.get("peak_memory_mb_by_rank") or [details.get("peak_training_memory_mb", 0)]
+        )
+        or None,
         "substituted": substituted,
         "config": result.config.model_dump(mode="json"),
         "stage_seconds": details.get("stage_seconds", {}),

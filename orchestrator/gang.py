@@ -64,11 +64,18 @@ def _perform(work: Work, bench: Bench, note: Note) -> Result:
 class Worker:
     """A process that does works of one study, one after another, on data and models that it keeps.
 
-    `recipe` is resolved; `folder` is the study's, on a file system that all workers share.
+    `recipe` is resolved; `folder` is the study's, on a file system that all workers share; `limits`
+    are those of its bench.
     """
 
     def __init__(
-        self, *, recipe: dict[str, Any], folder: str, device: str | None, threads: int
+        self,
+        *,
+        recipe: dict[str, Any],
+        folder: str,
+        device: str | None,
+        threads: int,
+        **limits: int,
     ) -> None:
         quiet()
         torch.set_num_threads(threads)
@@ -76,12 +83,13 @@ class Worker:
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self._recipe, self._folder, self._device = recipe, Path(folder), device
+        self._limits = limits
         self._clean = Clean()
 
     @cached_property
     def bench(self) -> Bench:
         recipe = Recipe.from_resolved(self._recipe, output_dir=self._folder)
-        bench = Bench(recipe, self._folder, device=self._device)
+        bench = Bench(recipe, self._folder, device=self._device, **self._limits)
         options = [recipe.resources.of(model.id) for model in recipe.models]
         if self._size > 1 or any(each.strategy_name != "single" for each in options):
             join_ranks(bench.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,6 +13,13 @@ from orchestrator.trial import Frozen
 
 StrategyName = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 OWNED = ("optimizer", "scheduler", "bf16", "fp16")  # sections of a DeepSpeed file
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class GangOptions(Frozen):
@@ -90,7 +98,9 @@ def _check_deepspeed(config: dict[str, Any], strategy: str) -> None:
 class Resources(GangOptions):
     """A recipe's resources section.
 
-    `engine: inline` runs trials one after another in the driver's own process. `per_model` holds
+    `engine: inline` runs trials one after another in the driver's own process. `address` is that
+    of a Ray cluster, `auto` for the one of this host, or `local` to start one even where the
+    environment names another. `per_model` holds
     other options for the trials of a base model, by its id. `max_*` caps what all gangs together
     take. `labels` and `custom` go to Ray: node labels that a gang's node must have, and custom
     resources of each gang. A work that runs longer than `time_limit_s` is ended, as is one with a

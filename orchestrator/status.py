@@ -27,7 +27,7 @@ def study_status(folder: Path) -> Json:
     where = recipe.get("ledger") or folder / "ledger"
     with closing(Ledger(where, ledger_key(folder))) as ledger:
         lease = ledger.held()
-        tally = Tally(num_devices=_num_devices(recipe))
+        tally = Tally()
         for event in ledger.events():
             tally.add(event)
     running = [r for r in tally.running.values() if lease and r.lease == lease.number]
@@ -59,7 +59,6 @@ class Running:
 class Tally:
     """What events add up to; `ended` holds the last result of each key, as (status, reason)."""
 
-    num_devices: int = 1
     asked: set[str] = field(default_factory=set)
     running: dict[str, Running] = field(default_factory=dict)
     ended: dict[str, tuple[str, str | None]] = field(default_factory=dict)
@@ -100,7 +99,7 @@ class Tally:
         result = event.payload["result"]
         self.running.pop(event.key, None)
         self.ended[event.key] = result["status"], result["reason"]
-        self.device_seconds += result["device_seconds"] * self.num_devices
+        self.device_seconds += result["device_seconds"] * event.payload.get("devices", 1)
         if not (result.get("measurement") or {}).get("is_timed", True):
             self.untimed.add(result["trial_id"])
         if result["status"] != TrialStatus.SKIPPED:
@@ -144,11 +143,6 @@ def _driver(lease: Lease | None) -> Json | None:
     holder = lease.holder
     told = {"user": holder.user, "host": holder.host, "pid": holder.pid}
     return {**told, "since": lease.taken, "last_heard_of": lease.renewed}
-
-
-def _num_devices(recipe: Json) -> int:
-    """A gang's devices; a result's seconds are those of one."""
-    return recipe.get("resources", {}).get("gpus_per_trial") or 1
 
 
 def _expected_end(recipe: Json, tally: Tally, lease: Lease | None) -> float | None:

@@ -41,6 +41,7 @@ from orchestrator.trial import (
     TrialResult,
     TrialStatus,
     Work,
+    model_of,
 )
 from orchestrator.untimed import Untimed
 
@@ -160,7 +161,7 @@ class Study:
             self.launcher,
             self.ledger,
             max_attempts=self.recipe.resources.max_attempts,
-            devices=max(1, self.recipe.resources.gpus_per_trial or 1),
+            devices=self._devices,
             timed_on=self.untimed.timed_on,
         )
         self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
@@ -224,7 +225,7 @@ class Study:
             if event.kind in takes:
                 takes[event.kind](event)
         self.spent.wall_s = past.wall_s
-        self.spent.device_s += past.unended_s * self.dispatch.devices
+        self.spent.device_s += past.unended_s
         self._began = self.launcher.now()
         self._take_up()
 
@@ -251,7 +252,7 @@ class Study:
 
     def _recall_result(self, event: Event) -> None:
         result = TrialResult.model_validate(event.payload["result"])
-        self.spent.device_s += result.device_seconds * self.dispatch.devices
+        self.spent.device_s += result.device_seconds * event.payload.get("devices", 1)
         role = event.payload["role"]
         outcome = Outcome(result, self.folder_of(result, role), role=role, reused=True)
         self.outcomes.add(outcome)
@@ -419,9 +420,15 @@ class Study:
         attempt = self.ledger.attempts(key) + 1
         return Work(kind=kind, key=key, attempt=attempt, model=model, config=config)
 
+    def _devices(self, work: Work) -> int:
+        """How many a work takes: what only measures runs on one."""
+        model = model_of(work)
+        return self.recipe.resources.of(model).num_workers if model else 1
+
     def _record(self, work: Work, result: TrialResult, *, role: str) -> None:
         """Keep a result: in the ledger, then for people as files, then in what the search knows."""
-        self.spent.device_s += result.device_seconds * self.dispatch.devices
+        devices = self._devices(work)
+        self.spent.device_s += result.device_seconds * devices
         outcome = Outcome(result, self.folder_of(result, role), role=role, reused=False)
         self.outcomes.add(outcome)
         self.ledger.append(
@@ -429,6 +436,7 @@ class Study:
             work.key,
             attempt=work.attempt,
             role=role,
+            devices=devices,
             result=result.model_dump(mode="json"),
             hypervolume=self.outcomes.hypervolume,
         )

@@ -165,5 +165,12 @@ class Work:
     pieces: int = 1
 
 
+def model_of(work: Work) -> str:
+    """The base model that a work trains, "" where it trains none."""
+    if work.kind == "baseline":
+        return work.model
+    return work.config.model if work.kind == "trial" and work.config else ""
+
+
 Result = TrialResult | tuple[Measurement, str] | dict[str, Measurement]
 """Of a baseline or trial; of a test, with the artifact's new hash; of speed and timings, by key."""

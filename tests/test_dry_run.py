@@ -18,12 +18,12 @@ from orchestrator.dry_run import (
     distinct_paths,
     dry_run,
     dry_run_table,
-    on_this_device,
     planned_configs,
     reasons_against,
 )
 from orchestrator.prune.tree import read_signature
 from orchestrator.recipe import Recipe, make_recipe
+from orchestrator.rehearsal import rehearse
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus
 
 UNEXPORTABLE = """
@@ -119,33 +119,85 @@ def test_the_table_tells_every_path_and_its_reason(tried: dict[str, Any]) -> Non
 def test_without_a_baseline_nothing_is_tried_and_no_cost_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator import run_trial
-
     def fail(model: str, bench: Any, note: Any) -> TrialResult:
         config = TrialConfig(model=model)
         return TrialResult(
             trial_id="x", config=config, status=TrialStatus.FAILED, message="no [memory]"
         )
 
-    monkeypatch.setattr(run_trial, "run_baseline", fail)
+    monkeypatch.setattr("orchestrator.gang.run_baseline", fail)
     found = dry_run(make_recipe(tiny_study.recipe(tmp_path)), device="cpu")
     assert [row["path"] for row in found["paths"]] == ["bert: dense"]
     assert not found["works"] and found["estimated_hours"] is None
     assert "no: no [memory]" in printed(found)
 
 
+@pytest.mark.parametrize(
+    ("num_gpus", "device", "expected"), [(0, None, "cpu"), (1, "cpu", "cpu"), (1, None, "cuda:0")]
+)
 def test_a_gpu_that_is_not_here_is_stood_in_for_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_gpus: int, device: str | None, expected: str, tmp_path: Path
 ) -> None:
     recipe = make_recipe(tiny_study.recipe(tmp_path, target={"device": "cuda:0"}))
-    for has_gpu, device, expected in (
-        (False, None, "cpu"),
-        (True, "cpu", "cpu"),
-        (True, None, "cuda:0"),
-    ):
-        monkeypatch.setattr("torch.cuda.is_available", lambda has=has_gpu: has)
-        here, said = on_this_device(recipe, device)
-        assert here.target.device == expected and bool(said) == (expected == "cpu")
+    trying = rehearse(recipe, device=device, num_gpus=num_gpus)
+    assert trying.recipe.target.device == expected
+    assert trying.substituted["bert"] == (
+        "served on cpu instead of cuda:0" if expected == "cpu" else ""
+    )
+    assert trying.recipe.resources.engine == "inline"
+
+
+@pytest.mark.parametrize(
+    ("options", "num_gpus", "workers", "said"),
+    [
+        ({"gpus_per_trial": 4}, 4, 4, ""),
+        ({"gpus_per_trial": 4}, 3, 2, "trained by 2 on cpu instead of 4 GPUs"),
+        ({"gpus_per_trial": 4, "strategy": "zero3"}, 0, 2, "trained by 2 on cpu instead of 4 GPUs"),
+        ({"workers_per_trial": 2}, 0, 2, ""),
+        ({"workers_per_trial": 500}, 0, 2, "trained by 2 instead of 500"),
+        ({"strategy": "fsdp2"}, 0, 1, ""),
+    ],
+)
+def test_gangs_are_tried_with_as_many_workers_as_fit(
+    options: dict[str, Any],
+    num_gpus: int,
+    workers: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("orchestrator.rehearsal.num_cores", lambda: 2)
+    recipe = make_recipe(tiny_study.recipe(tmp_path, resources={"engine": "ray", **options}))
+    trying = rehearse(recipe, device=None, num_gpus=num_gpus)
+    here = trying.recipe.resources.of("bert")
+    assert here.num_workers == workers and trying.substituted["bert"] == said
+    assert here.strategy_name == recipe.resources.of("bert").strategy_name
+    assert trying.device == (None if num_gpus >= 4 else "cpu")
+    assert trying.recipe.resources.engine == "ray"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_recipe_for_many_gpus_is_rehearsed_by_two_processes(tmp_path: Path) -> None:
+    recipe = tiny_study.recipe(
+        tmp_path,
+        resources={"engine": "ray", "gpus_per_trial": 4, "strategy": "zero3"},
+        references={"dense_int8": False, "first_layers": [], "random_twin": False},
+        space={
+            "prune": {"method": "magnitude", "sparsity": 0.5},
+            "quantize": {
+                "choice": [{"scheme": "W8A8", "qat": True}, {"scheme": "W4A16", "group_size": 48}]
+            },
+            "finetune": {"learning_rate": 1e-3, "max_steps": 5},
+        },
+    )
+    found = dry_run(make_recipe(recipe), device="cpu")
+    dense, trained, hopeless = found["paths"]
+    for row in (dense, trained):
+        assert row["works"] and row["training"]["steps"] == 2 and row["peak_memory_mb"] > 10
+        assert row["substituted"] == "trained by 2 on cpu instead of 4 GPUs"
+    assert not hopeless["works"] and "48" in hopeless["why_not"]
+    assert found["works"] and found["estimated_hours"] > 0
 
 
 # -- which configurations there are ---------------------------------------------------------------
@@ -214,6 +266,7 @@ class Costs:
         dense = self.recipe.trial_config(model="bert", finetune={"max_steps": 10})
         self.baseline = self.row(dense)
         self.path = self.row(self.configs[0], export=0.5)
+        self.workers_tried = 1
 
     def row(self, config: TrialConfig, **stages: float) -> dict[str, Any]:
         return {
@@ -231,6 +284,7 @@ class Costs:
             baselines={"bert": self.baseline},
             paths={self.path["path"]: self.path},
             num_tried=32,
+            workers_tried={"bert": self.workers_tried},
         )
 
     def trial_s(self) -> float:
@@ -326,6 +380,16 @@ def test_a_teacher_answers_once_for_all_trials_and_every_row(tmp_path: Path) -> 
     assert second == pytest.approx(plain)
     # 8 rows and 3 copies of each were answered, half of their positions padding
     assert first - second == pytest.approx(3.0 / 2 * (80 * 4) / 32)
+
+
+def test_workers_share_training_and_wait_for_the_rest(tmp_path: Path) -> None:
+    finetune = {"max_steps": 5, "per_device_train_batch_size": 16}
+    training = 5 * 16 * 10 * 1e-3
+    alone = Costs(tmp_path, finetune).trial_s() - training
+    resources = {"engine": "ray", "gpus_per_trial": 4}
+    costs = Costs(tmp_path, finetune, resources=resources)
+    costs.workers_tried = 2
+    assert costs.trial_s() == pytest.approx(2 * training + 4 * alone)
 
 
 def test_training_is_paid_once_for_trials_that_share_it(tmp_path: Path) -> None:

@@ -323,6 +323,28 @@ def test_device_hours_count_all_work_and_are_overrun_by_one_trial_a_gang_at_most
     assert 500 <= front["device_seconds"] <= 500 + 3 * 100
 
 
+def test_a_trial_counts_as_many_devices_as_its_model_takes_lost_and_killed_ones_too(
+    tmp_path, facts
+):
+    def costly(work: Work) -> tuple[float, Result | Reason]:
+        if work.kind == "trial" and work.attempt == 1 and drawn(work.key, "dies") < 0.3:
+            return 30.0, Reason.ERROR
+        return surrogate(work)
+
+    spent = []
+    for folder, resources in (
+        ("one", {}),
+        ("four", {"per_model": {"bert": {"gpus_per_trial": 4}}}),
+    ):
+        (tmp_path / folder).mkdir()
+        resources = {"engine": "ray"} | resources
+        run_until_killed(tmp_path / folder, facts, after=20, resources=resources)
+        front = run(tmp_path / folder, facts, surrogate=costly, resources=resources)
+        assert "lost" in {event.kind for event in events(tmp_path / folder)}
+        spent.append(front["device_seconds"])
+    assert spent[1] == pytest.approx(4 * spent[0], rel=0.01)
+
+
 def test_money_is_hours_by_their_price(tmp_path, facts):
     run(tmp_path, facts, budget={"money": 1.0, "price_per_device_hour": 3600 / 300})
     assert 2 < len(asked(tmp_path)) < NUM_CONFIGS

@@ -49,14 +49,14 @@ def ledger(folder: Path) -> Iterator[Ledger]:
     ledger.close()
 
 
-def finish(ledger: Ledger, key: str, status: str, **more: Any) -> None:
-    """One result, after 2 s on a device."""
+def finish(ledger: Ledger, key: str, status: str, *, devices: int = 1, **more: Any) -> None:
+    """One result, after 2 s."""
     attempt = max(1, ledger.attempts(key))
     volume = more.pop("hypervolume", 0.5)
     result = TrialResult(
         trial_id=key, config=TrialConfig(model="m"), status=status, device_seconds=2, **more
     )
-    payload = {"result": result.model_dump(mode="json"), "hypervolume": volume}
+    payload = {"result": result.model_dump(mode="json"), "hypervolume": volume, "devices": devices}
     ledger.append("finished", key, attempt=attempt, role="trial", **payload)
 
 
@@ -143,11 +143,12 @@ def test_only_the_last_result_of_a_trial_counts_but_all_its_time(folder, ledger)
 
 
 def test_a_gang_of_several_devices_takes_the_time_of_each(tmp_path):
-    begin(tmp_path / "study", resources={"gpus_per_trial": 4})
+    begin(tmp_path / "study")
     ledger = Ledger(tmp_path / "study" / "ledger", "tiny")
     ledger.take()
-    finish(ledger, "a", "completed")
-    assert study_status(tmp_path / "study")["device_seconds"] == 8
+    finish(ledger, "a", "completed", devices=4)
+    finish(ledger, "b", "completed", devices=1)
+    assert study_status(tmp_path / "study")["device_seconds"] == 4 * 2 + 2
     ledger.close()
 
 

@@ -80,7 +80,14 @@ ENGINES = {
 }
 
 
-def make_launcher(recipe: Recipe, folder: Path, *, device: str | None = None) -> Launcher:
-    """The recipe's engine. Its module is imported here, since one of them needs ray."""
+def make_launcher(
+    recipe: Recipe, folder: Path, *, device: str | None = None, **limits: int
+) -> Launcher:
+    """The recipe's engine. Its module is imported here, since one of them needs ray.
+
+    `limits` are those of a worker's bench.
+    """
     module, _, name = ENGINES[recipe.resources.engine].partition(":")
-    return cast(Launcher, getattr(import_module(module), name)(recipe, folder, device=device))
+    return cast(
+        Launcher, getattr(import_module(module), name)(recipe, folder, device=device, **limits)
+    )

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class Inline:
     """Runs everything here. The worker's side is imported when the first work comes in."""
 
-    def __init__(self, recipe: Recipe, folder: Path, *, device: str | None = None) -> None:
-        self.recipe, self.folder, self.device = recipe, folder, device
+    def __init__(
+        self, recipe: Recipe, folder: Path, *, device: str | None = None, **limits: int
+    ) -> None:
+        self.recipe, self.folder, self.device, self.limits = recipe, folder, device, limits
         self.hear: Callable[[Told], None] = lambda told: None
         self._work: Work | None = None
 
@@ -33,7 +35,7 @@ class Inline:
         quiet()
         from orchestrator.bench import Bench
 
-        return Bench(self.recipe, self.folder, device=self.device)
+        return Bench(self.recipe, self.folder, device=self.device, **self.limits)
 
     def facts(self) -> dict[str, Any]:
         return self.bench.facts()

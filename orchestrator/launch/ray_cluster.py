@@ -22,11 +22,12 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray
 
-from orchestrator.resources import GangOptions, Resources
+from orchestrator.resources import GangOptions, Resources, num_cores
 from orchestrator.trial import BadInput
 
 Amounts = Mapping[str, float]
 Node = Mapping[str, Any]  # an entry of `ray.nodes()`
+LOCAL = "local"  # an address: none that the environment names
 LOOK_S = 5.0  # a cluster may grow and shrink
 JOIN_S = 10.0
 NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
@@ -179,7 +180,7 @@ class Cluster:
             return
         address = address or os.environ.get("RAY_ADDRESS")
         with _process_as_it_is():
-            if address:
+            if address and address != LOCAL:
                 join(address)
             else:
                 self._start()
@@ -226,13 +227,6 @@ class Cluster:
             },
             **QUIET,
         )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def join(address: str) -> None:

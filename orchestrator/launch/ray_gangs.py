@@ -42,7 +42,7 @@ from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.ray_kinds import Kinds, environment
 from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
 from orchestrator.measure.fingerprint import fingerprint
-from orchestrator.trial import BadInput, Reason, Work
+from orchestrator.trial import BadInput, Reason, Work, model_of
 
 if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
@@ -276,6 +276,7 @@ class RayGangs:
         *,
         device: str | None = None,
         worker: str = "orchestrator.gang:Worker",
+        **limits: int,
     ) -> None:
         self.hear: Callable[[Told], None] = lambda told: None
         self.name, self.resources, self.target = recipe.name, recipe.resources, recipe.target
@@ -288,6 +289,7 @@ class RayGangs:
             "recipe": recipe.resolved(),
             "folder": str(folder.resolve()),
             "device": "cuda:0" if device and device.startswith("cuda") else device,
+            **limits,
         }
         atexit.register(self.close)
 
@@ -412,10 +414,10 @@ class RayGangs:
     def _fits(self, gang: Gang, work: Work) -> bool:
         if work.kind in TIMED and work.timed_on:
             return gang.node in self._nodes_of(work.timed_on)
-        return self._trains(gang, _model_of(work))
+        return self._trains(gang, model_of(work))
 
     def _shape_for(self, work: Work) -> Shape:
-        model = _model_of(work)
+        model = model_of(work)
         if work.kind not in TIMED or not work.timed_on:
             return self.shapes.get(model, self.shape)
         nodes = self._nodes_of(work.timed_on)
@@ -587,13 +589,6 @@ class RayGangs:
         again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
         return [Lost(gang.work, reason, _words(error), again=again)]
-
-
-def _model_of(work: Work) -> str:
-    """The base model that a work trains, "" where it trains none."""
-    if work.kind == "baseline":
-        return work.model
-    return work.config.model if work.kind == "trial" and work.config else ""
 
 
 def _never_started(error: RayError) -> bool:

@@ -93,6 +93,8 @@ class Zero:
         engine, prepared = accelerator.prepare(model, optimizer)
         unset_hf_deepspeed_config()  # with it transformers would partition every later model
         self._check(engine, plan)
+        if self.stage == 3:
+            _train_in_place(engine.optimizer)
 
         def clip() -> torch.Tensor:
             return torch.as_tensor(engine.get_global_grad_norm(), device=plan.device).float()
@@ -149,6 +151,17 @@ class Zero:
         )
         if found != wanted:
             raise RuntimeError(f"{self.name}: wanted {wanted}, but Accelerate made {found}")
+
+
+def _train_in_place(zero: Any) -> None:
+    """Let the optimizer step on the weights themselves, of which DeepSpeed has made a copy.
+
+    It means to share those that are float32, but compares a device with its name.
+    """
+    flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
+    for weights, copied in flats:
+        if (weights.dtype, weights.device) == (copied.dtype, copied.device):
+            copied.data = weights.data
 
 
 def _close(engine: Any) -> None:
