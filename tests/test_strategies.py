@@ -51,18 +51,22 @@ def start(
 ) -> dict[str, Any]:
     trials = folder / "trials.json"
     trials.write_text(json.dumps({name: TRIALS[name] for name in names}))
+    arguments = [str(folder), strategy, str(trials), *([str(die_at)] if die_at else [])]
+    run_ranks(
+        "rank_trials.py", *arguments, size=0 if strategy == "single" else size, dies=bool(die_at)
+    )
+    return {} if die_at else json.loads((folder / "results.json").read_text())
+
+
+def run_ranks(script: str, *arguments: str, size: int = 2, dies: bool = False) -> None:
+    """A script of this folder, on so many ranks; 0 is a process without ranks."""
     command = [sys.executable]
-    if strategy != "single":
+    if size:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-    command += [str(ROOT / "tests" / "rank_trials.py"), str(folder), strategy, str(trials)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command += [str(die_at)] if die_at else []
+    command += [str(ROOT / "tests" / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if die_at:
-        assert done.returncode != 0
-        return {}
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "results.json").read_text())
+    assert (done.returncode != 0) == dies, done.stderr[-4000:]
 
 
 def losses(result: dict[str, Any]) -> np.ndarray:
@@ -102,6 +106,22 @@ def test_every_compression_comes_to_the_same_under_every_strategy(
         for metric in ("accuracy", "size_mb", "num_params"):
             expected = one["measurement"]["metrics"][metric]
             assert other["measurement"]["metrics"][metric] == pytest.approx(expected), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_twenty_trainings_in_turn_leave_nothing_on_any_rank(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    run_ranks("rank_repeats.py", str(tmp_path))
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, np.broadcast_to(losses[0], (20, 2)), rtol=1e-5)
+    for rank in range(2):
+        said = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert {json.dumps(each["alive"]) for each in said} == {json.dumps(said[0]["alive"])}
+        assert not {n for n in said[0]["alive"] if "DeepSpeed" in n or "AdamW" in n}
+        # a model that stayed would be 9 or 18 MB each time
+        assert said[-1]["rss_mb"] - said[4]["rss_mb"] < 40, [each["rss_mb"] for each in said]
 
 
 @pytest.mark.distributed

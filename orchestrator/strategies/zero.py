@@ -6,9 +6,10 @@ Rajbhandari et al. 2020 (https://arxiv.org/abs/1910.02054).
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import _lru_cache_wrapper, cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,7 @@ class Zero:
         from torch.nn import functional
 
         functional.linear = functional_linear()
+        _forget_engines()
 
     def _sections(self) -> dict[str, Any]:
         config = copy.deepcopy(self.config or {})
@@ -177,6 +179,16 @@ def _close(engine: Any) -> None:
             value.clear()
     if hasattr(zero, "grad_partitions_flat_buffer"):
         zero.grad_partitions_flat_buffer = None
+
+
+def _forget_engines() -> None:
+    """What DeepSpeed has put on a stack and into caches of methods holds engines and models."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if isinstance(found, _lru_cache_wrapper) and found.__module__.startswith("deepspeed."):
+            found.cache_clear()
 
 
 def _announce(on_cpu: bool) -> None:
