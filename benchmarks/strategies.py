@@ -30,7 +30,7 @@ Json = dict[str, Any]
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 STEPS = 30
 TOLERANCE, ROUNDED = 1e-5, 5e-3  # of losses; rounding makes steps out of differences of 1e-7
-FIRST = 1e-6  # of the first loss and the first gradient's norm
+FIRST = 1e-6  # of the first loss, and of the first gradient as a vector
 HALF = {"method": "structured", "heads": 0.5, "neurons": 0.5}
 MASK = {"method": "magnitude", "sparsity": 0.5}
 COMPRESSIONS: dict[str, Json] = {
@@ -139,7 +139,7 @@ def worker(order: Json) -> None:
     folder, family = Path(order["folder"]), order["family"]
     recipe = make_recipe(recipe_of(family, folder, order["config"]))
     bench = Bench(recipe, folder, device="cpu")
-    seen = watch()
+    seen = watch(None if order.get("is_lean") else folder)
     if order["strategy"] != "single":
         break_on_purpose(order.get("control", ""))
         join_ranks("cpu")
@@ -173,12 +173,15 @@ def worker(order: Json) -> None:
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def watch() -> list[Json]:
-    """The rows of every step that this rank takes, and the first gradient's norm of each training."""
-    from orchestrator import finetune, progress
+def watch(folder: Path | None) -> list[Json]:
+    """The rows of every step that this rank takes; each training's first gradient as a file there."""
+    from safetensors.torch import save_file
+
+    from orchestrator import finetune, optimizer_state
+    from orchestrator.checkpoint import Saver
 
     seen: list[Json] = []
-    deal, add = finetune.dealt_out, progress.LossCurve.add
+    deal = finetune.dealt_out
 
     def dealt_out(*arguments: Any) -> Any:
         micros = deal(*arguments)
@@ -186,11 +189,18 @@ def watch() -> list[Json]:
         seen.append({"rows": rows})
         return micros
 
-    def added(self: Any, step: int, loss: Any, norm: Any) -> None:
-        seen[-1] |= {"step": step, "norm": float(norm)}
-        add(self, step, loss, norm)
+    def save(self: Any, step: int, model: Any, optimizer: Any, progress: Any) -> None:
+        state = optimizer_state.gather(model, optimizer)
+        gradient = {
+            n: value for n, value in state.items() if n.endswith(".exp_avg")
+        }  # but a factor
+        if gradient:
+            seen[-1]["gradient"] = str(folder / f"gradient-{len(seen) - 1}.safetensors")
+            save_file(gradient, seen[-1]["gradient"])
 
-    finetune.dealt_out, progress.LossCurve.add = dealt_out, added
+    finetune.dealt_out = dealt_out
+    Saver.is_due = lambda self, step: step == 1 and folder is not None
+    Saver.save = save
     return seen
 
 
@@ -314,7 +324,7 @@ def compare(
         sorted(row for each in own for row in each[at]["rows"]) == sorted(reference[at]["rows"])
         for at in range(steps)
     )
-    norms = abs(own[0][0]["norm"] - reference[0]["norm"]) / reference[0]["norm"]
+    gradients = relative_error(reference[0]["gradient"], own[0][0]["gradient"])
     is_rounded = "QAT" in name
     measured, expected_metrics = (each["measurement"] for each in (result, plain[name]))
     tolerance = ROUNDED if is_rounded else TOLERANCE
@@ -322,7 +332,7 @@ def compare(
         "max_relative_loss_difference": max(differences),
         "tolerance": tolerance,
         "first_loss_difference": differences[0],
-        "first_gradient_norm_difference": norms,
+        "first_gradient_difference": gradients,
         "loss_first": found[0],
         "loss_last": found[-1],
         "rows_disjoint": disjoint,
@@ -332,8 +342,20 @@ def compare(
             result["details"].get("peak_memory_mb_by_rank")
             or [result["details"]["peak_training_memory_mb"]]
         ),
-        "holds": max(differences) <= tolerance and max(differences[0], norms) <= FIRST and disjoint,
+        "holds": max(differences) <= tolerance
+        and max(differences[0], gradients) <= FIRST
+        and disjoint,
     }
+
+
+def relative_error(expected: str, found: str) -> float:
+    """Of all values in a file as one vector, in the Euclidean norm."""
+    from safetensors.numpy import load_file
+
+    one, other = load_file(expected), load_file(found)
+    assert one.keys() == other.keys()
+    squares = sum(float(((one[name] - other[name]) ** 2).sum()) for name in one)
+    return float((squares / sum(float((each**2).sum()) for each in one.values())) ** 0.5)
 
 
 def _within(measured: Json, expected: Json) -> bool:
@@ -443,7 +465,7 @@ def add(report: Json, row: Json) -> None:
     report["rows"].append(row)
     told = row.get("failed") or (
         f"{row['max_relative_loss_difference']:.1e}"
-        f" (first {row['first_loss_difference']:.1e}, gradient {row['first_gradient_norm_difference']:.1e})"
+        f" (first {row['first_loss_difference']:.1e}, gradient {row['first_gradient_difference']:.1e})"
         f", loss {row['loss_first']:.3f} to {row['loss_last']:.3f}"
         f", {'same' if row['same_metrics'] else 'OTHER'} scores"
         f", {row['seconds_per_step'] * 1e3:.1f} ms a step, {row['peak_memory_mb']:.0f} MB"
