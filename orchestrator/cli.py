@@ -337,6 +337,28 @@ def measure(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe; without it only machines are looked at.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster, host:port or auto. Default: the recipe's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a study can run where it is to run, and what to do where it cannot; then status 2."""
+    from orchestrator.doctor import examine
+    from orchestrator.recipe import load_recipe
+    from orchestrator.report.doctor_table import doctor_table
+
+    loaded = load_recipe(recipe, overrides or []) if recipe else None
+    found = examine(loaded, address=address)
+    _print_json(found) if as_json else out.print(doctor_table(found))
+    raise typer.Exit(OK if found["can_run"] else BAD_INPUT)
+
+
+@app.command()
 def report(study: StudyPath, as_json: AsJson = False) -> None:
     """Write report.html anew from front.json."""
     from orchestrator.front import read_front

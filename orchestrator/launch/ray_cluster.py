@@ -120,7 +120,7 @@ def check_room(
 
 def _caps(shape: Shape, resources: Resources, nodes: Sequence[Node]) -> dict[str, int]:
     """How many gangs each bound allows, by its name."""
-    offers = [node["Resources"] for node in nodes if _has(node, shape.labels)]
+    offers = [node["Resources"] for node in nodes if has_labels(node, shape.labels)]
     workers = sum(shape.workers_in(offer) for offer in offers)
     caps = {
         "the cluster": workers // shape.num_workers,
@@ -155,7 +155,7 @@ def on_nodes(names: Sequence[str]) -> dict[str, str]:
     return {NODE_ID: f"in({','.join(names)})"}
 
 
-def _has(node: Node, labels: Mapping[str, str]) -> bool:
+def has_labels(node: Node, labels: Mapping[str, str]) -> bool:
     """Whether a node has the labels, as far as they are plain; the others Ray judges itself."""
     plain = {name: value for name, value in labels.items() if value[:1] != "!" and "(" not in value}
     return all(node["Labels"].get(name) == value for name, value in plain.items())

@@ -27,6 +27,7 @@ from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray r
     capacity,
     check_room,
     gang_shape,
+    has_labels,
     left,
     on_nodes,
     said,
@@ -38,8 +39,10 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.artifact import DamagedArtifact
+from orchestrator.doctor import marks_in, raise_if_hopeless
 from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.ray_kinds import Kinds, environment
+from orchestrator.launch.ray_nodes import survey
 from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.trial import BadInput, Reason, Work, model_of
@@ -266,7 +269,8 @@ Hear = Callable[[Gang, "ray.ObjectRef"], list[Event]]
 class RayGangs:
     """A launcher of warm gangs. Joins Ray, or starts it here, when it is first asked for room.
 
-    `worker` names the class whose `facts`, `do`, `reset` and `rss_mb` a worker's process calls.
+    `worker` names the class whose `facts`, `do`, `reset` and `rss_mb` a worker's process calls. It
+    `examines` the nodes of a cluster that it joins before anything is started there.
     """
 
     def __init__(
@@ -276,18 +280,20 @@ class RayGangs:
         *,
         device: str | None = None,
         worker: str = "orchestrator.gang:Worker",
+        examines: bool = True,
         **limits: int,
     ) -> None:
         self.hear: Callable[[Told], None] = lambda told: None
         self.name, self.resources, self.target = recipe.name, recipe.resources, recipe.target
+        self.folder = folder.resolve()
         self.models = [options.id for options in recipe.models]
         self.gangs: list[Gang] = []
-        self._worker = worker
+        self._worker, self._examines = worker, examines
         self._use_gpus = device != "cpu"
         self._kinds = Kinds()
         self._arguments = {
             "recipe": recipe.resolved(),
-            "folder": str(folder.resolve()),
+            "folder": str(self.folder),
             "device": "cuda:0" if device and device.startswith("cuda") else device,
             **limits,
         }
@@ -295,7 +301,13 @@ class RayGangs:
 
     @cached_property
     def cluster(self) -> Cluster:
-        return Cluster(self.resources.address)
+        """Raises `BadInput` where nodes of a cluster that is joined cannot work."""
+        cluster = Cluster(self.resources.address)
+        if self._examines and not cluster.is_own:
+            nodes = [node for node in cluster.nodes() if has_labels(node, self.resources.labels)]
+            with marks_in(self.folder) as folder:
+                raise_if_hopeless(survey(nodes, folder))
+        return cluster
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
