@@ -597,8 +597,8 @@ import time
 from orchestrator import cli
 
 def slow_to_end():
-    print("works", flush=True)
     try:
+        print("works", flush=True)
         time.sleep(60)
     finally:
         print("ends", flush=True)
