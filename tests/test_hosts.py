@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_study
-from hosts import Hosts, environment
+from hosts import REPOSITORY, Hosts, environment
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
@@ -34,7 +34,7 @@ PROBE = "import socket, sys; socket.create_connection((sys.argv[1], 22), 2)"
 
 def until(happened: Callable[[], Any]) -> Any:
     """What it says once that is something."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (said := happened()):
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
@@ -66,8 +66,8 @@ def test_a_host_without_power_runs_nothing_and_tells_nobody(hosts: Hosts):
     [inside] = until(psutil.Process(served.pid).children)
     connected = until(lambda: connection(hosts.address(3)))
     hosts.power_off(3)
-    assert not inside.is_running() or inside.status() == psutil.STATUS_ZOMBIE
-    served.wait()
+    served.wait(timeout=30)  # it waits for the process inside
+    assert not inside.is_running()
     connected.settimeout(0.5)
     with closing(connected), pytest.raises(TimeoutError):  # neither closed nor reset
         connected.recv(1)
@@ -82,7 +82,7 @@ def connection(address: str) -> socket.socket | None:
         return None
 
 
-def test_nothing_is_left_of_hosts_whose_maker_was_killed(hosts: Hosts):
+def test_nothing_runs_any_more_of_hosts_whose_maker_was_killed(hosts: Hosts, tmp_path: Path):
     code = """
 from hosts import Hosts
 with Hosts(2) as hosts:
@@ -90,22 +90,26 @@ with Hosts(2) as hosts:
     print(hosts.address(1), flush=True)
     input()
 """
-    path = str(Path(sys.modules["hosts"].__file__ or "").parent)
     maker = subprocess.Popen(
         [sys.executable, "-c", code],
-        env=environment(PYTHONPATH=path),
+        env=environment(PYTHONPATH=str(REPOSITORY / "benchmarks"), TMPDIR=str(tmp_path)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert maker.stdout
     network = maker.stdout.readline().strip().rpartition(".")[0]
-    family = psutil.Process(maker.pid).children(recursive=True)
-    assert len(family) == 7  # a switch, two hosts with a first process each, and what one does
     assert network in addresses()
+    family = until(lambda: whole_family(maker.pid))
     maker.kill()
     maker.communicate()
     until(lambda: not any(map(psutil.Process.is_running, family)) and network not in addresses())
+
+
+def whole_family(pid: int) -> list[psutil.Process] | None:
+    """A switch, two hosts with a first process each, and what runs on one."""
+    found = psutil.Process(pid).children(recursive=True)
+    return found if len(found) == 7 else None
 
 
 def addresses() -> str:
@@ -180,13 +184,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, one in expected.items():
         other = found[key]
         is_rounded = one["config"]["quantize"]["scheme"] != "none"
-        losses = [
-            [loss for _, loss in each["details"]["training"]["losses"]] for each in (other, one)
-        ]
-        np.testing.assert_allclose(*losses, rtol=5e-3 if is_rounded else 1e-5, err_msg=key)
-        metrics = [each["measurement"]["metrics"] for each in (other, one)]
-        assert metrics[0]["accuracy"] == pytest.approx(metrics[1]["accuracy"])
+        np.testing.assert_allclose(
+            losses(other), losses(one), rtol=5e-3 if is_rounded else 1e-5, err_msg=key
+        )
+        accuracies = [each["measurement"]["metrics"]["accuracy"] for each in (other, one)]
+        assert accuracies[0] == pytest.approx(accuracies[1])
         assert len(other["details"]["peak_memory_mb_by_rank"]) == 3
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [loss for _, loss in result["details"]["training"]["losses"]]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +211,7 @@ def test_a_gang_across_three_hosts_comes_to_what_a_single_process_does(
     strategy: str,
 ):
     recipe = write_recipe(tmp_path, data, steps=20, qat=True, **across(address, strategy))
-    done = hosts.run(1, run_command(recipe))
+    done = hosts.run(1, run_command(recipe), limit_s=400)
     assert done.returncode == 0, done.stderr
     assert_same(results(tmp_path), alone)
 
@@ -226,7 +233,7 @@ def test_a_trial_goes_on_from_its_checkpoint_when_a_host_that_lost_power_is_back
     until(lambda: f"{waits} 2 CPU" in [each["stage"] for each in study_status(study)["running"]])
     hosts.power_on(3)
     hosts.start_ray(3)
-    assert driver.wait(timeout=120) == 0, log.read_text()
+    assert driver.wait(timeout=300) == 0, log.read_text()
     [result] = results(tmp_path).values()
     training = result["details"]["training"]
     assert training["resumed_at"] > 0 and training["resumed_at"] % SAVE_STEPS == 0
