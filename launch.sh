@@ -116,6 +116,7 @@ install() {
 install_system() {
     local missing=()
     command -v chromium >/dev/null || missing+=(chromium)
+    command -v ip >/dev/null || missing+=(iproute2)
     command -v slurmctld >/dev/null || missing+=(slurm-wlm)
     command -v pg_ctlcluster >/dev/null || missing+=(postgresql)
     command -v redis-server >/dev/null || missing+=(redis-server)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hosts import Hosts, NoHosts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -20,6 +23,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no public data sets in {folder} (SLIMTUNE_SHARED_DATA names the folder)")
     return folder
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    """Three hosts with nothing running on them; a module may start what it needs there."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(Hosts(3))
+        except NoHosts as reason:
+            pytest.skip(str(reason))
+        yield made
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import tiny_study
 
@@ -21,6 +22,7 @@ ray = pytest.importorskip("ray")
 from ray.util import placement_group_table  # noqa: E402
 
 from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs  # noqa: E402
+from orchestrator.launch.ray_places import Place, rank_environment  # noqa: E402
 from orchestrator.recipe import make_recipe  # noqa: E402
 from orchestrator.resources import Resources  # noqa: E402
 from orchestrator.runtimes import Target  # noqa: E402
@@ -323,6 +325,19 @@ def test_each_worker_of_a_gang_is_told_what_torchrun_would_say(gangs, tmp_path):
     launcher.close()
     until(lambda: not any(alive(each["pid"]) for each in told))
     until(lambda: ray.available_resources().get("CPU") == 4)
+
+
+def test_workers_meet_over_the_network_of_ray_unless_their_node_names_another(monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    places = [Place("a", "10.0.0.1", 1234, 1), Place("b", "127.0.0.1", 1235, 1)]
+    told = rank_environment(1, places)
+    assert (told["MASTER_ADDR"], told["LOCAL_RANK"], told["GROUP_RANK"]) == ("10.0.0.1", "0", "1")
+    interface = told["GLOO_SOCKET_IFNAME"]
+    assert "127.0.0.1" in [each.address for each in psutil.net_if_addrs()[interface]]
+    assert told["NCCL_SOCKET_IFNAME"] == f"={interface}"  # which is eth1 and not eth10 too
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    assert "NCCL_SOCKET_IFNAME" not in rank_environment(1, places)
 
 
 @pytest.mark.slow

@@ -522,6 +522,22 @@ def test_progress_in_a_file_is_two_plain_lines_a_trial():
     assert lines[4:] == ["[2/3] heads 75%", "[2/3] → failed (oom): asked for [9] GB · 0 s"]
 
 
+def test_progress_in_a_file_says_once_that_a_trial_waits_for_room():
+    console = Console(file=io.StringIO(), width=100)
+    with Progress(OBJECTIVES, console=console) as progress:
+        progress.trial_started("a", 1, 2, "heads 50%")
+        for free in (0, 1):
+            progress.stage(
+                "a", f"waits for a place with 2 GPU; the whole cluster has free: {free} GPU"
+            )
+        progress.stage("a", "waits for its worker to start")
+        progress.stage("a", "finetune")
+    assert console.file.getvalue().splitlines() == [
+        "[1/2] heads 50%",
+        "[1/2] waits for a place with 2 GPU; the whole cluster has free: 0 GPU",
+    ]
+
+
 def test_progress_on_a_terminal_says_what_runs_and_the_best_so_far():
     console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system=None)
     watch(console)

@@ -39,7 +39,10 @@ def here() -> Place:
 
 
 def rank_environment(rank: int, places: Sequence[Place]) -> dict[str, str]:
-    """What torchrun would set. GPUs of one node are seen by all its ranks, so that these can share memory."""
+    """What torchrun would set. GPUs of one node are seen by all its ranks, so that these can share memory.
+
+    Ranks meet over the network of Ray's own address, unless the node's environment names another.
+    """
     own = places[rank]
     nodes = list(dict.fromkeys(place.node for place in places))
     beside = [number for number, place in enumerate(places) if place.node == own.node]
@@ -55,7 +58,8 @@ def rank_environment(rank: int, places: Sequence[Place]) -> dict[str, str]:
     if own.gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(g for n in beside for g in places[n].gpus)
     if interface := _interface(own.ip):
-        found |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        sockets = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+        found |= {name: value for name, value in sockets.items() if name not in os.environ}
     return found
 
 

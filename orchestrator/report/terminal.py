@@ -24,6 +24,7 @@ from orchestrator.trial import TrialResult, TrialStatus
 
 Json = Mapping[str, Any]
 NOISE = "≈"
+NO_ROOM = "waits for a place"  # how the stage of a trial begins that the cluster has no room for
 NAMES_WIDTH, INTERVAL_WIDTH = 30, 14  # characters; of what is not a number, and of an interval
 
 
@@ -124,8 +125,8 @@ class _Trial:
 class Progress:
     """Looks on while a study runs: what runs, best so far, what is left.
 
-    On a terminal the last lines are redrawn; elsewhere each trial prints a line when it starts
-    and one when it ends. Used as a context manager.
+    On a terminal the last lines are redrawn; elsewhere each trial prints a line when it starts,
+    when it waits for room, and when it ends. Used as a context manager.
     """
 
     def __init__(self, objectives: Sequence[Objective], *, console: Console | None = None) -> None:
@@ -185,7 +186,10 @@ class Progress:
 
     def stage(self, key: str, text: str) -> None:
         """A stage of a running trial begins."""
-        self._running.get(key, self._phase).stage = text
+        trial = self._running.get(key, self._phase)
+        waited, trial.stage = trial.stage, text
+        if self._live is None and text.startswith(NO_ROOM) and not waited.startswith(NO_ROOM):
+            self._print(Text(f"{self._counter(trial.number)} {text}"))
         self._refresh()
 
     def trial_lost(self, key: str, text: str) -> None:

@@ -1,0 +1,251 @@
+"""A gang may spread over hosts, and outlives the loss of one; hosts are namespaces of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny_study
+from hosts import REPOSITORY, Hosts, environment
+
+from orchestrator.ledger import Event, Ledger
+from orchestrator.manifest import ledger_key
+from orchestrator.status import study_status
+
+pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.slow]
+
+UNITS = {"method": "structured", "heads": 0.5, "neurons": 0.5}
+ROUNDED = {"scheme": "W8A8", "qat": True}
+SAVE_STEPS = 40  # more than the baseline has steps
+NOTICED_S = 10
+PROBE = "import socket, sys; socket.create_connection((sys.argv[1], 22), 2)"
+
+
+def until(happened: Callable[[], Any]) -> Any:
+    """What it says once that is something."""
+    deadline = time.monotonic() + 300
+    while not (said := happened()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return said
+
+
+# -- hosts themselves ----------------------------------------------------------------------------
+
+
+def hears(hosts: Hosts, number: int, *, of: int) -> str:
+    """What a host is told when it asks another for a port where nobody listens."""
+    return hosts.run(number, [sys.executable, "-c", PROBE, hosts.address(of)]).stderr
+
+
+def test_hosts_have_names_and_processes_of_their_own_and_links_that_can_be_cut(hosts: Hosts):
+    assert hosts.run(2, ["hostname"]).stdout == "host2\n"
+    assert hosts.run(1, ["getent", "hosts", "host3"]).stdout.split()[0] == hosts.address(3)
+    assert len(hosts.run(1, ["ps", "--no-headers", "-e"]).stdout.splitlines()) < 5
+    assert "refused" in hears(hosts, 1, of=2)  # so it is there
+    hosts.cut(2)
+    assert "refused" not in hears(hosts, 1, of=2) and "refused" in hears(hosts, 1, of=3)
+    hosts.mend(2)
+    assert "refused" in hears(hosts, 1, of=2)
+
+
+def test_a_host_without_power_runs_nothing_and_tells_nobody(hosts: Hosts):
+    serve = "import socket, time; held = socket.create_server(('', 80)).accept(); time.sleep(600)"
+    served = hosts.start(3, [sys.executable, "-c", serve])
+    [inside] = until(psutil.Process(served.pid).children)
+    connected = until(lambda: connection(hosts.address(3)))
+    hosts.power_off(3)
+    served.wait(timeout=30)  # it waits for the process inside
+    assert not inside.is_running()
+    connected.settimeout(0.5)
+    with closing(connected), pytest.raises(TimeoutError):  # neither closed nor reset
+        connected.recv(1)
+    hosts.power_on(3)
+    assert "refused" in hears(hosts, 1, of=3)
+
+
+def connection(address: str) -> socket.socket | None:
+    try:
+        return socket.create_connection((address, 80))
+    except OSError:
+        return None
+
+
+def test_nothing_runs_any_more_of_hosts_whose_maker_was_killed(hosts: Hosts, tmp_path: Path):
+    code = """
+from hosts import Hosts
+with Hosts(2) as hosts:
+    hosts.start(1, ["sleep", "600"])
+    print(hosts.address(1), flush=True)
+    input()
+"""
+    maker = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment(PYTHONPATH=str(REPOSITORY / "benchmarks"), TMPDIR=str(tmp_path)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert maker.stdout
+    network = maker.stdout.readline().strip().rpartition(".")[0]
+    assert network in addresses()
+    family = until(lambda: whole_family(maker.pid))
+    maker.kill()
+    maker.communicate()
+    until(lambda: not any(map(psutil.Process.is_running, family)) and network not in addresses())
+
+
+def whole_family(pid: int) -> list[psutil.Process] | None:
+    """A switch, two hosts with a first process each, and what runs on one."""
+    found = psutil.Process(pid).children(recursive=True)
+    return found if len(found) == 7 else None
+
+
+def addresses() -> str:
+    return subprocess.run(["ip", "address"], capture_output=True, text=True, check=True).stdout
+
+
+# -- a gang across them --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(hosts: Hosts) -> str:
+    """Of Ray with one CPU on each host."""
+    pytest.importorskip("ray")
+    hosts.start_ray()
+    return hosts.ray_address
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_study.write_sentences(tmp_path_factory.mktemp("data") / "data.csv", rows=240)
+
+
+def write_recipe(folder: Path, data: Path, *, steps: int, qat: bool, **resources: Any) -> Path:
+    """Of a trial without half its units and, where there is to be QAT, one that is rounded."""
+    shutil.copy(data, folder)
+    plain = {"dropout": 0.0, "bf16": False}
+    both = {"prune": {"choice": [UNITS, "none"]}, "quantize": {"choice": ["none", ROUNDED]}}
+    forbid = [
+        {"prune.method": "none", "quantize.scheme": "none"},
+        {"prune.method": "structured", "quantize.scheme": "W8A8"},
+    ]
+    space = {**both, "forbid": forbid} if qat else {"prune": UNITS}
+    finetune = {"learning_rate": 1e-3, "max_steps": steps, "logging_steps": 1, **plain}
+    return tiny_study.write_recipe(
+        folder,
+        baseline={"finetune": {"learning_rate": 2e-3, "max_steps": 30, **plain}},
+        space={**space, "finetune": finetune},
+        references={"dense_int8": False, "first_layers": [], "random_twin": False},
+        resources=resources,
+    )
+
+
+def across(address: str, strategy: str) -> dict[str, Any]:
+    """Resources of a trial that has a worker on each host."""
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    workers = {"workers_per_trial": 3, "cpus_per_trial": 3, "strategy": strategy}
+    return {"address": address, "save_steps": SAVE_STEPS, **workers}
+
+
+def run_command(recipe: Path) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.cli", "run", str(recipe)]
+
+
+def run_alone(folder: Path, data: Path, *, steps: int, qat: bool) -> dict[str, Any]:
+    """The same trials in a single process, without hosts."""
+    recipe = write_recipe(folder, data, steps=steps, qat=qat, engine="inline")
+    one_thread = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(run_command(recipe), capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What each trial of a study came to, by its id."""
+    files = folder.glob("study/trials/*/measurement.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in files}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys() and found
+    for key, one in expected.items():
+        other = found[key]
+        is_rounded = one["config"]["quantize"]["scheme"] != "none"
+        np.testing.assert_allclose(
+            losses(other), losses(one), rtol=5e-3 if is_rounded else 1e-5, err_msg=key
+        )
+        accuracies = [each["measurement"]["metrics"]["accuracy"] for each in (other, one)]
+        assert accuracies[0] == pytest.approx(accuracies[1])
+        assert len(other["details"]["peak_memory_mb_by_rank"]) == 3
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    return [loss for _, loss in result["details"]["training"]["losses"]]
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_alone(tmp_path_factory.mktemp("alone"), data, steps=20, qat=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_gang_across_three_hosts_comes_to_what_a_single_process_does(
+    hosts: Hosts,
+    address: str,
+    data: Path,
+    alone: dict[str, Any],
+    tmp_path: Path,
+    strategy: str,
+):
+    recipe = write_recipe(tmp_path, data, steps=20, qat=True, **across(address, strategy))
+    done = hosts.run(1, run_command(recipe), limit_s=400)
+    assert done.returncode == 0, done.stderr
+    assert_same(results(tmp_path), alone)
+
+
+def test_a_trial_goes_on_from_its_checkpoint_when_a_host_that_lost_power_is_back(
+    hosts: Hosts, address: str, data: Path, tmp_path: Path
+):
+    (tmp_path / "alone").mkdir()
+    expected = run_alone(tmp_path / "alone", data, steps=120, qat=False)
+    recipe = write_recipe(tmp_path, data, steps=120, qat=False, **across(address, "ddp"))
+    log, study = tmp_path / "driver.log", tmp_path / "study"
+    driver = hosts.start(1, run_command(recipe), log=log)
+    until(lambda: ended(driver, log) or list(study.glob("stages/.going-*/step-*")))
+    hosts.power_off(3)
+    off_at = time.time()
+    [lost] = until(lambda: ended(driver, log) or events(study, "lost"))
+    assert lost.time - off_at < NOTICED_S
+    waits = "waits for a place with 3 workers of 1 CPU; the whole cluster has free:"
+    until(lambda: f"{waits} 2 CPU" in [each["stage"] for each in study_status(study)["running"]])
+    hosts.power_on(3)
+    hosts.start_ray(3)
+    assert driver.wait(timeout=300) == 0, log.read_text()
+    [result] = results(tmp_path).values()
+    training = result["details"]["training"]
+    assert training["resumed_at"] > 0 and training["resumed_at"] % SAVE_STEPS == 0
+    assert_same(results(tmp_path), expected)
+    assert waits in log.read_text()
+
+
+def ended(driver: subprocess.Popen[bytes], log: Path) -> None:
+    """Fail at once where a driver has ended before its time."""
+    assert driver.poll() is None, log.read_text()
+
+
+def events(study: Path, kind: str) -> list[Event]:
+    with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
+        return [event for event in ledger.events() if event.kind == kind]
