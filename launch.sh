@@ -148,7 +148,7 @@ run_tests() {
         install_system
     fi
     if [[ "$use_venv" == true ]]; then
-        current test || install test "[deepspeed,demo,dev,postgresql]"
+        current test || install test "[deepspeed,demo,dev,jobs,postgresql]"
         python="$venv/bin/python"
     else
         report_torch "$python"

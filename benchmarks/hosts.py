@@ -241,7 +241,8 @@ def environment(**settings: str) -> dict[str, str]:
     """Of whatever runs on hosts, Ray and its drivers alike."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ray = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **RAY_NOTICES_LOSS}
-    return kept | ray | {"PYTHONPATH": str(REPOSITORY)} | settings
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # as where it is activated
+    return kept | ray | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | settings
 
 
 def check_that_hosts_can_be_made() -> None:

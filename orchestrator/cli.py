@@ -53,7 +53,10 @@ def main() -> None:
 
 @contextmanager
 def _second_interrupt_ends_now() -> Iterator[None]:
-    """The first Ctrl-C is a KeyboardInterrupt, as ever; the next one waits for nothing."""
+    """The first Ctrl-C is a KeyboardInterrupt, as ever; the next one waits for nothing.
+
+    Being asked to terminate, as by `ray job stop` and schedulers, is the same.
+    """
 
     def end_now(signum: int, frame: FrameType | None) -> None:
         err.show_cursor()
@@ -61,16 +64,23 @@ def _second_interrupt_ends_now() -> Iterator[None]:
         os._exit(INTERRUPTED)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, end_now)
+        for each in before:
+            signal.signal(each, end_now)
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # else somebody wants it otherwise, or ignored
-        signal.signal(signal.SIGINT, interrupt)
+    usual: dict[signal.Signals, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    # Else somebody wants it otherwise, or ignored.
+    before = {each: usual[each] for each in usual if signal.getsignal(each) is usual[each]}
+    for each in before:
+        signal.signal(each, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _run_app() -> int:
@@ -334,6 +344,90 @@ def measure(
         _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
     _print_json(measured) if as_json else out.print(measurement_table(measured))
+
+
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard: http://head:8265."
+    ),
+]
+JobId = Annotated[str, typer.Argument(help="What `submit` has printed.")]
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    address: Address,
+    overrides: Overrides = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the job's id and end.")] = False,
+    send_data: Annotated[
+        bool,
+        typer.Option(
+            "--send-data", help="Send local data along; else the cluster has the paths too."
+        ),
+    ] = False,
+    pip: Annotated[Path | None, typer.Option(help="Requirements that pip installs first.")] = None,
+    uv: Annotated[Path | None, typer.Option(help="Requirements that uv installs first.")] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(help="A variable that the cluster has to have, by its name."),
+    ] = None,
+) -> None:
+    """Run the study as a job of a Ray cluster, and end as it does; the same again goes on with it."""
+    from orchestrator.launch.ray_jobs import Jobs, Request
+
+    wanted = Request(
+        recipe,
+        tuple(overrides or ()),
+        sends_data=send_data,
+        pip=pip,
+        uv=uv,
+        needs=tuple(secret or ()),
+    )
+    jobs = Jobs(address)
+    job_id = jobs.submit(wanted)
+    if detach:
+        print(job_id)
+        return
+    err.print(f"{job_id} on {address}", highlight=False)
+    try:
+        status = jobs.follow(job_id, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        err.print(f"It goes on there; slimtune job stop {job_id} ends it.", highlight=False)
+        raise
+    if status and (why := jobs.why(job_id)):
+        err.print(escape(why.splitlines()[0]), highlight=False, soft_wrap=True)
+    raise typer.Exit(status)
+
+
+job = typer.Typer(no_args_is_help=True, help="Studies that were submitted to a Ray cluster.")
+app.add_typer(job, name="job")
+
+
+@job.command("status")
+def job_status(job_id: JobId, address: Address, as_json: AsJson = False) -> None:
+    """How a job stands: pending, running, succeeded, failed or stopped."""
+    from orchestrator.launch.ray_jobs import Jobs
+
+    word, status = Jobs(address).status(job_id)
+    _print_json({"job": job_id, "state": word, "exit_status": status}) if as_json else print(word)
+
+
+@job.command("logs")
+def job_logs(job_id: JobId, address: Address) -> None:
+    """What a job says, until it has ended; the exit status is its own."""
+    from orchestrator.launch.ray_jobs import Jobs
+
+    raise typer.Exit(Jobs(address).follow(job_id, lambda text: print(text, end="", flush=True)))
+
+
+@job.command("stop")
+def job_stop(job_id: JobId, address: Address) -> None:
+    """End a job as Ctrl-C would; the same submission goes on later."""
+    from orchestrator.launch.ray_jobs import Jobs
+
+    print("stopping" if Jobs(address).stop(job_id) else "has ended already")
 
 
 @app.command()
