@@ -16,7 +16,7 @@ usage: ./launch.sh [--no-venv] [VERB …]
                                             installs chromium, slurm, postgresql and redis with
                                             apt-get where it can (as root)
   ./launch.sh VERB …                        any other verb goes to slimtune: plan, status, front,
-                                            select, export, measure, report, doctor
+                                            select, export, measure, report, doctor, submit, job
   ./launch.sh --help                        this text
 
   --no-venv   use the active environment as it is and install nothing
@@ -133,7 +133,10 @@ install_system() {
 
 run_slimtune() {
     if [[ "$use_venv" == true ]]; then
-        current run || install run ""
+        case "${1:-}" in
+            submit | job) current jobs || install jobs "[jobs]" ;;
+            *) current run || install run "" ;;
+        esac
         exec "$venv/bin/slimtune" "$@"
     fi
     local python="${PYTHON:-python3}"
