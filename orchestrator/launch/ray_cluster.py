@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +148,11 @@ def left(used: Sequence[Shape], resources: Resources, nodes: Sequence[Node]) -> 
         for name, much in shape.total.items():
             found[name] = found.get(name, 0.0) - much
     return found
+
+
+def not_on_nodes(names: Iterable[str]) -> dict[str, str]:
+    """A label selector for all other nodes."""
+    return {NODE_ID: f"!in({','.join(sorted(names))})"}
 
 
 def on_nodes(names: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray reads when it is imported)
     Cluster,
+    Node,
     Shape,
     capacity,
     check_room,
     gang_shape,
     has_labels,
     left,
+    not_on_nodes,
     on_nodes,
     said,
 )
@@ -44,6 +46,7 @@ from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.ray_kinds import Kinds, environment
 from orchestrator.launch.ray_nodes import survey
 from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
+from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.trial import BadInput, Reason, Work, model_of
 
@@ -160,8 +163,17 @@ class Gang:
     `alive_at` says when each rank gave the last.
     """
 
-    def __init__(self, shape: Shape, *, name: str, worker: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        name: str,
+        worker: str,
+        arguments: dict[str, Any],
+        avoids: Mapping[str, str],
+    ) -> None:
         self.shape = shape
+        labels = {**avoids, **shape.labels}
         self.work: Work | None = None
         self.answer: ray.ObjectRef | None = None
         self.begun = self.lacks_room = False
@@ -171,9 +183,7 @@ class Gang:
         self.place = placement_group(
             [dict(shape.amounts)] * shape.num_workers,
             name=name,
-            bundle_label_selector=[dict(shape.labels)] * shape.num_workers
-            if shape.labels
-            else None,
+            bundle_label_selector=[labels] * shape.num_workers if labels else None,
         )
         self.placing: ray.ObjectRef | None = self.place.ready()
         self.actors = [self._actor(rank, worker, arguments) for rank in range(shape.num_workers)]
@@ -235,9 +245,16 @@ class Gang:
         self.since = time.monotonic()
 
     @cached_property
-    def node(self) -> str:
-        """The id of the node that it was placed on; asked once it is placed."""
-        return str(placement_group_table(self.place)["bundles_to_node_id"][0])
+    def nodes(self) -> list[str]:
+        """The id of the node that each worker was placed on; asked once they are."""
+        placed = placement_group_table(self.place)["bundles_to_node_id"]
+        return [str(placed[rank]) for rank in range(self.shape.num_workers)]
+
+    @property
+    def only_node(self) -> str | None:
+        """The node that it was placed on, None where that is not known, or there are several."""
+        found = set(self.__dict__.get("nodes", ()))
+        return found.pop() if len(found) == 1 else None
 
     @property
     def seconds(self) -> float:
@@ -290,7 +307,7 @@ class RayGangs:
         self.gangs: list[Gang] = []
         self._worker, self._examines = worker, examines
         self._use_gpus = device != "cpu"
-        self._kinds = Kinds()
+        self._kinds, self._suspects = Kinds(), Suspects()
         self._arguments = {
             "recipe": recipe.resolved(),
             "folder": str(self.folder),
@@ -312,7 +329,7 @@ class RayGangs:
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """What each model's gangs take. Raises `BadInput` where the cluster has no such room."""
-        nodes = self.cluster.nodes()
+        nodes = self._nodes()
         found = {}
         for model in self.models:
             shape = gang_shape(
@@ -339,7 +356,7 @@ class RayGangs:
         if self.target.device == "cpu":
             amounts.pop("GPU", None)
         shape = Shape(amounts, self.target.host or self.shape.labels)
-        check_room(shape, self.resources, self.cluster.nodes(), what="target.host")
+        check_room(shape, self.resources, self._nodes(), what="target.host")
         return shape
 
     # -- what the study asks ---------------------------------------------------------------------
@@ -381,7 +398,7 @@ class RayGangs:
         """On the gang that worked last, so that others can be handed back, or on a new one."""
         fit = [gang for gang in self._idle() if self._fits(gang, work)]
         gang = max(fit, key=lambda gang: gang.since, default=None)
-        (gang or self._new_gang(self._shape_for(work))).start(work)
+        (gang or self._new_gang(self._shape_for(work), work.key)).start(work)
 
     def wait(self, timeout: float | None = None) -> list[Event]:
         until = math.inf if timeout is None else time.monotonic() + timeout
@@ -425,29 +442,30 @@ class RayGangs:
 
     def _fits(self, gang: Gang, work: Work) -> bool:
         if work.kind in TIMED and work.timed_on:
-            return gang.node in self._nodes_of(work.timed_on)
-        return self._trains(gang, model_of(work))
+            return gang.nodes[0] in self._nodes_of(work.timed_on)
+        is_avoided = gang.only_node in self._suspects.avoided(work.key)
+        return not is_avoided and self._trains(gang, model_of(work))
 
     def _shape_for(self, work: Work) -> Shape:
         model = model_of(work)
         if work.kind not in TIMED or not work.timed_on:
             return self.shapes.get(model, self.shape)
         nodes = self._nodes_of(work.timed_on)
-        if len(nodes) in (0, len(self.cluster.nodes())):  # trials may run on it as well
+        if len(nodes) in (0, len(self._nodes())):  # trials may run on it as well
             return self.shape
         return Shape(self.speed_shape.amounts, on_nodes(nodes))
 
     def _nodes_of(self, kind: str) -> list[str]:
         """The nodes whose fingerprint is `kind`."""
         if self.cluster.is_own:
-            kinds = {node["NodeID"]: fingerprint() for node in self.cluster.nodes()}
+            kinds = {node["NodeID"]: fingerprint() for node in self._nodes()}
         else:
-            kinds = self._kinds.of(self.cluster.nodes())
+            kinds = self._kinds.of(self._nodes())
         return sorted(name for name, found in kinds.items() if found == kind)
 
     def _room(self, shape: Shape) -> int:
         """How many gangs of a shape may come to those that are there."""
-        nodes = self.cluster.nodes()
+        nodes = self._nodes()
         alike = sum(gang.shape == shape for gang in self.gangs)
         most = capacity(shape, self.resources, nodes) - alike
         if self.resources.max_gangs is not None:
@@ -459,7 +477,20 @@ class RayGangs:
         late = time.monotonic() - gang.since > PLACING_S
         return bool(gang.placing) and (gang.lacks_room or late)
 
-    def _new_gang(self, shape: Shape) -> Gang:
+    def _nodes(self) -> list[Node]:
+        """The nodes that works may go to."""
+        set_aside = self._suspects.set_aside
+        return [node for node in self.cluster.nodes() if node["NodeID"] not in set_aside]
+
+    def _avoids(self, shape: Shape, work: str) -> dict[str, str]:
+        """A label selector against nodes on which a work was lost, where others have room for it."""
+        avoided = self._suspects.avoided(work)
+        others = [node for node in self._nodes() if node["NodeID"] not in avoided]
+        if not avoided or capacity(shape, self.resources, others) == 0:
+            return {}
+        return not_on_nodes(avoided)
+
+    def _new_gang(self, shape: Shape, work: str = "") -> Gang:
         """In the place of idle ones where the study may have no more."""
         while self._room(shape) <= 0 and (idle := self._idle()):
             self._end(min(idle, key=lambda gang: gang.since))
@@ -469,6 +500,7 @@ class RayGangs:
             name=f"{self.name}-{secrets.token_hex(4)}",
             worker=self._worker,
             arguments={**self._arguments, "threads": shape.num_cpus},
+            avoids=self._avoids(shape, work),
         )
         gang.lacks_room = lacks_room
         self.gangs.append(gang)
@@ -511,6 +543,7 @@ class RayGangs:
         for gang in [gang for gang in self._working() if gang.seconds > limit]:
             assert gang.work
             self._end(gang)
+            message += self._blame(gang)
             lost.append(Lost(gang.work, Reason.TIMEOUT, message, again=False))
         for gang in self._working():
             if ranks := gang.silent(self.resources.silence_s):
@@ -520,6 +553,7 @@ class RayGangs:
                 self._end(gang)
                 gang.end_silent(ranks)
                 message = f"{why}{self.resources.silence_s:g} s, see resources.silence_s"
+                message += self._blame(gang)
                 lost.append(Lost(gang.work, Reason.ERROR, message))
         return lost
 
@@ -553,6 +587,7 @@ class RayGangs:
     def _hear_placed(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         gang.placing = None
         gang.since = time.monotonic()
+        _ = gang.nodes  # while they can be asked for
         return []
 
     def _hear_news(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
@@ -576,6 +611,8 @@ class RayGangs:
         except RayError as error:
             return self._lose(gang, error)
         gang.finish()
+        if gang.only_node and not answer.is_broken:
+            self._suspects.done(gang.only_node, work.key)
         gang.memory_mb.append(answer.rss_mb)
         if (
             answer.is_broken
@@ -600,7 +637,20 @@ class RayGangs:
         reason = Reason.OOM if is_full else Reason.ERROR
         again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
-        return [Lost(gang.work, reason, _words(error), again=again)]
+        blame = self._blame(gang) if reason is Reason.ERROR and again else ""
+        return [Lost(gang.work, reason, _words(error) + blame, again=again)]
+
+    def _blame(self, gang: Gang) -> str:
+        """What follows for the node that a work was lost on, as the end of a sentence."""
+        assert gang.work
+        node = gang.only_node
+        if node is None or not self._suspects.lost(node, gang.work.key):
+            return ""
+        names = {each["NodeID"]: each["NodeManagerHostname"] for each in self.cluster.nodes()}
+        for idle in [each for each in self._idle() if each.only_node == node]:
+            self._end(idle)
+        what = f"{IN_A_ROW} works in a row were lost there, and none elsewhere"
+        return f"; {names.get(node, node)} is set aside: {what}"
 
 
 def _never_started(error: RayError) -> bool:
