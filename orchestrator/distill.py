@@ -47,9 +47,8 @@ class CachedTeacher:
     logits: np.ndarray
 
     def __call__(self, indices: np.ndarray, batch: Batch) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(self.logits[indices]).to(next(iter(batch.values())).device)
+        device = next(iter(batch.values())).device
+        return to_device({"logits": self.logits[indices]}, device)["logits"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,8 @@ class HiddenDistance:
         if "attention_mask" in batch:
             counted = counted * batch["attention_mask"]
         if self._aligned is not None:
-            counted = counted * torch.from_numpy(self._aligned[indices, None]).to(counted)
+            aligned = {"aligned": self._aligned[indices, None]}
+            counted = counted * to_device(aligned, counted.device)["aligned"]
         pairs = [
             tuple(self._outputs[layer] for layer in pair) for pair in zip(*self._sides, strict=True)
         ]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.batches import dealt_out, micro_batches, num_calls, splits_batches
+from orchestrator.compiled import compiled
 from orchestrator.distill import Distillation, HiddenDistance
 from orchestrator.predict import row_lengths, to_device
 from orchestrator.problems import nearest
@@ -131,6 +132,8 @@ def finetune(
     import torch
     from accelerate.utils import set_seed
 
+    from orchestrator.prune.tree import layers_of
+
     distillation = options.distillation
     assert (teacher is None) == (distillation is None), "distillation needs a teacher"
     assert (hidden is None) == (distillation is None or distillation.hidden == 0)
@@ -169,6 +172,7 @@ def finetune(
         dropout_at(options.dropout, model),
         unwrapped(model),
         recomputed(model, options.gradient_checkpointing),
+        compiled(layers_of(model) if options.torch_compile else []),
         hidden or nullcontext(),
         counted_together(model, hidden, ranks if splits_batches(accumulation, ranks) else Ranks()),
     ):

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import torch
+
+
+NUM_RECORDED = 2000  # calls of NCCL that a rank remembers
+
+
+def nccl_environment(folder: Path) -> dict[str, str]:
+    """What makes a rank on a GPU end when NCCL fails or waits for too long, and say where it stood.
+
+    It then writes its last calls to `folder`, for `torchfrtrace` of torch to read.
+    """
+    where = str(folder / "nccl-")  # followed by the rank
+    return {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": str(NUM_RECORDED),
+        "TORCH_FR_DUMP_TEMP_FILE": where,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(NUM_RECORDED),  # earlier names of the last two
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": where,
+    }
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,12 @@ class Recipe(Frozen):
         options = [FinetuneOptions(**section) for section in sections]
         return max(options, key=_budget).model_dump(mode="json")
 
+    def finetunes_with(self, option: str) -> bool:
+        """Whether anything may be trained with that option of fine-tuning switched on."""
+        dense = Space(model=("",), finetune=self.baseline.finetune)
+        sections = (each for space in (self.space, dense) for each in finetune_sections(space))
+        return any(section.get(option) for section in sections)
+
     def check_facts(self, facts: Mapping[str, Any]) -> None:
         """Raise `BadInput`, with the reasons, where no configuration can work within the limits."""
         models = facts["models"].items()

@@ -47,6 +47,13 @@ AGAIN = ("masks", "W4A16 QAT", "all", "frozen")  # also with layers that compute
 for name in AGAIN:
     options = TRIALS[name].get("finetune", {}) | {"gradient_checkpointing": True}
     TRIALS[f"{name}, again"] = TRIALS[name] | {"finetune": options}
+TRIALS["compiled"] = {
+    "prune": [MASK],
+    "quantize": {"scheme": "W8A8", "qat": True, "qat_start": 0.3},
+    "finetune": {"torch_compile": True, "distillation": {"hidden": 0.5}},
+}
+TRIALS["compiled, eager"] = TRIALS["compiled"] | {"finetune": {"distillation": {"hidden": 0.5}}}
+TRIALS["cd"] = {"finetune": {"torch_compile": True}}
 ROUNDED = {"W8A8 QAT": 1e-3, "W4A16 QAT": 1e-3, "all": 1e-3}  # rounding amplifies 1e-7
 ROUNDED |= {"W4A16 QAT, again": 1e-3, "all, again": 1e-3}
 
