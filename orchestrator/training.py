@@ -29,7 +29,7 @@ from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import round_again, set_enabled
-from orchestrator.ranks import Ranks, nccl_environment
+from orchestrator.ranks import Ranks, watch_nccl
 from orchestrator.resources import GangOptions
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
@@ -210,10 +210,7 @@ def join_ranks(device: str, folder: Path, *, timeout_s: float) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        records = folder / "nccl"
-        records.mkdir(parents=True, exist_ok=True)
-        for name, value in nccl_environment(records).items():
-            os.environ.setdefault(name, value)
+        watch_nccl(folder / "nccl")
     alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
     place = {} if "MASTER_ADDR" in os.environ else alone
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **place)
