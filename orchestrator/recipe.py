@@ -38,7 +38,7 @@ from orchestrator.resources import Resources
 from orchestrator.runtimes import Target
 from orchestrator.search import SEARCHERS, Goal, Searcher
 from orchestrator.signature import Signature
-from orchestrator.space import Space, grid, infeasible, predict, resolve, trains
+from orchestrator.space import Space, finetune_sections, grid, infeasible, predict, resolve, trains
 from orchestrator.tasks import TASKS, Task
 from orchestrator.trial import BadInput, Frozen, TrialConfig, content_hash
 

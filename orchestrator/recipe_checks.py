@@ -18,11 +18,9 @@ from orchestrator.problems import Place, Problem, describe, nearest
 from orchestrator.resources import GangOptions
 from orchestrator.runtimes import RUNTIMES
 from orchestrator.search.grid import Grid
-from orchestrator.space import Space, finetune_sections
+from orchestrator.space import Space
 from orchestrator.space_checks import grid_problems, space_problems
 from orchestrator.tasks import TASKS
-
-UNCOMPILED = ("zero1", "zero2", "zero3")  # strategies under which layers are not compiled
 
 
 def plugin_of(
@@ -216,24 +214,6 @@ def resource_problems(written: Mapping[str, Any], values: Mapping[str, Any]) -> 
     for section_place, section in sections:
         if isinstance(section, dict) and isinstance(values["space"], Space):
             yield from batch_problems(section_place, section, values["space"])
-            yield from compile_problems(section_place, section, written, values["space"])
-
-
-def compile_problems(
-    place: Place, section: Mapping[str, Any], written: Mapping[str, Any], space: Space
-) -> Iterator[Problem]:
-    """Layers that DeepSpeed hangs its own hooks into cannot be compiled."""
-    baseline = written.get("baseline")
-    own = baseline.get("finetune") if isinstance(baseline, dict) else None
-    dense = Space(model=("",), finetune=own if isinstance(own, dict) else {})
-    sections = [*finetune_sections(space), *finetune_sections(dense)]
-    wanted = any(each.get("torch_compile") for each in sections)
-    if wanted and section.get("strategy") in UNCOMPILED:
-        yield (
-            (*place, "strategy"),
-            f"{section['strategy']} cannot train with finetune.torch_compile: leave that out, or"
-            " choose ddp or fsdp2.",
-        )
 
 
 def batch_problems(place: Place, section: Mapping[str, Any], space: Space) -> Iterator[Problem]:

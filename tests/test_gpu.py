@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import BertForSequenceClassification, PreTrainedModel
 
 from orchestrator.compiled import missing_compiler
 from orchestrator.distill import HiddenDistance, LiveTeacher
@@ -26,10 +26,12 @@ from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import QuantizeOptions
 from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import set_enabled
+from orchestrator.recompute import check_recomputes
 from orchestrator.runtimes import RUNTIMES, Target
 from orchestrator.tasks import Encoded
 from orchestrator.tasks.causal_lm import CausalLm
 from orchestrator.tasks.text_classification import TextClassification
+from orchestrator.trial import Infeasible
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
@@ -135,6 +137,16 @@ def test_layers_that_compute_again_train_alike(
     copy.deepcopy(model)
 
 
+def test_a_model_that_cannot_compute_again_is_infeasible() -> None:
+    class Once(BertForSequenceClassification):
+        supports_gradient_checkpointing = False
+
+    model = tiny_models.make("bert")
+    model.__class__ = Once
+    with pytest.raises(Infeasible, match="a Once cannot compute its layers again"):
+        check_recomputes(model)
+
+
 @on_each_device
 def test_they_compute_twice_a_step(device: str) -> None:
     model, calls = tiny_models.make("llama").to(device), Counter[bool]()
@@ -230,9 +242,7 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.files: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             frame: Any = sys._getframe(1)
             while "/torch/" in frame.f_code.co_filename:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_study
+import torch
 
 from orchestrator.batches import dealt_out, num_calls
+from orchestrator.compiled import missing_compiler
 from orchestrator.one_trial import gang_options
 from orchestrator.ranks import Ranks
 from orchestrator.recipe import make_recipe
@@ -47,22 +49,25 @@ AGAIN = ("masks", "W4A16 QAT", "all", "frozen")  # also with layers that compute
 for name in AGAIN:
     options = TRIALS[name].get("finetune", {}) | {"gradient_checkpointing": True}
     TRIALS[f"{name}, again"] = TRIALS[name] | {"finetune": options}
-TRIALS["compiled"] = {
-    "prune": [MASK],
-    "quantize": {"scheme": "W8A8", "qat": True, "qat_start": 0.3},
-    "finetune": {"torch_compile": True, "distillation": {"hidden": 0.5}},
+COMPILED = {
+    "all": {**TRIALS["all"], "finetune": {**TRIALS["all"]["finetune"], "torch_compile": True}}
 }
-TRIALS["compiled, eager"] = TRIALS["compiled"] | {"finetune": {"distillation": {"hidden": 0.5}}}
-TRIALS["cd"] = {"finetune": {"torch_compile": True}}
+MISSING = missing_compiler(torch.device("cpu"))
 ROUNDED = {"W8A8 QAT": 1e-3, "W4A16 QAT": 1e-3, "all": 1e-3}  # rounding amplifies 1e-7
 ROUNDED |= {"W4A16 QAT, again": 1e-3, "all, again": 1e-3}
 
 
 def start(
-    folder: Path, strategy: str, size: int, *, names: Iterable[str] = TRIALS, die_at: int = 0
+    folder: Path,
+    strategy: str,
+    size: int,
+    *,
+    names: Iterable[str] = TRIALS,
+    die_at: int = 0,
+    among: dict[str, Any] = TRIALS,
 ) -> dict[str, Any]:
     trials = folder / "trials.json"
-    trials.write_text(json.dumps({name: TRIALS[name] for name in names}))
+    trials.write_text(json.dumps({name: among[name] for name in names}))
     command = [sys.executable]
     if strategy != "single":
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(size)]
@@ -114,6 +119,21 @@ def test_every_compression_comes_to_the_same_under_every_strategy(
         for metric in ("accuracy", "size_mb", "num_params"):
             expected = one["measurement"]["metrics"][metric]
             assert other["measurement"]["metrics"][metric] == pytest.approx(expected), name
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"torch.compile needs {MISSING}")
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+def test_compiled_layers_come_to_the_same_under_every_strategy(
+    alone: dict[str, Any], tmp_path: Path, strategy: str
+) -> None:
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    shutil.copy(alone["data"], tmp_path)
+    result = start(tmp_path, strategy, 2, names=COMPILED, among=COMPILED)["all"]
+    assert result["status"] == "completed", result["message"]
+    np.testing.assert_allclose(losses(result), losses(alone["all"]), rtol=ROUNDED["all"])
 
 
 @pytest.mark.distributed
