@@ -142,7 +142,7 @@ def worker(order: Json) -> None:
     seen = watch(None if order.get("is_lean") else folder)
     if order["strategy"] != "single":
         break_on_purpose(order.get("control", ""))
-        join_ranks("cpu")
+        join_ranks("cpu", folder, timeout_s=1800)
         options = GangOptions(
             strategy=order["strategy"], workers_per_trial=int(os.environ["WORLD_SIZE"])
         )

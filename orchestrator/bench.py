@@ -24,6 +24,7 @@ from orchestrator.alone import this_host
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
 from orchestrator.checkpoint import Earlier, earlier
+from orchestrator.compiled import missing_compiler
 from orchestrator.dense import Dense, make_dense
 from orchestrator.finetune import FinetuneOptions, uses_bf16
 from orchestrator.lessons import Lesson, Source, open_lesson, spread, taught
@@ -35,6 +36,7 @@ from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
 from orchestrator.quantize import Numerics
 from orchestrator.recipe import Recipe
+from orchestrator.recompute import check_recomputes
 from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.score_files import Scores, shared_scores
 from orchestrator.space import can_go_on, num_steps
@@ -355,6 +357,8 @@ class Bench:
         base = self.base(model)
         try:
             signature = read_signature(base.model)
+            if self.recipe.finetunes_with("gradient_checkpointing"):
+                check_recomputes(base.model)
         except Infeasible as reason:
             raise BadInput([f"model {model}: {reason}."]) from reason
         problems = length_problems(self.task, self.target, num_positions(base.model))
@@ -388,6 +392,9 @@ class Bench:
                     f"resources.strategy: {max(names)} needs DeepSpeed: pip install slimtune[deepspeed]."
                 ]
             )
+        missing = missing_compiler(torch.device(self.device))
+        if missing and self.recipe.finetunes_with("torch_compile"):
+            raise BadInput([f"finetune.torch_compile: needs {missing}."])
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA

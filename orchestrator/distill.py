@@ -47,9 +47,8 @@ class CachedTeacher:
     logits: np.ndarray
 
     def __call__(self, indices: np.ndarray, batch: Batch) -> torch.Tensor:
-        import torch
-
-        return torch.from_numpy(self.logits[indices]).to(next(iter(batch.values())).device)
+        device = next(iter(batch.values())).device
+        return to_device({"logits": self.logits[indices]}, device)["logits"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,10 @@ def cached_teacher(
 class HiddenDistance:
     """How far the outputs of a student's layers are from those of the teacher's, pair by pair.
 
-    Inside `with`, a call speaks of the last forward pass of both. `aligned` [rows] says in which
-    rows the two read the same number of tokens; the others do not count. Where `ranks` split a
-    batch, what each adds is relative to the spread over all of their rows.
+    Inside `with`, a call speaks of the last forward pass of both since it was told to `listen`.
+    `aligned` [rows] says in which rows the two read the same number of tokens; the others do not
+    count. Where `ranks` split a batch, what each adds is relative to the spread over all of their
+    rows.
     """
 
     ranks = Ranks()
@@ -111,6 +111,11 @@ class HiddenDistance:
         self._aligned = aligned
         self._outputs: dict[nn.Module, torch.Tensor] = {}
         self._hooks: list[Any] = []
+        self._listens = True
+
+    def listen(self) -> None:
+        """To the next forward pass; a backward pass that computes layers again is not one."""
+        self._listens = True
 
     def __enter__(self) -> Self:
         for layer in (layer for side in self._sides for layer in side):
@@ -128,7 +133,7 @@ class HiddenDistance:
     ) -> torch.Tensor:
         """The mean over pairs of |student - teacher|² ÷ |teacher - its mean|², a scalar.
 
-        A batch that is spare adds nothing.
+        A batch that is spare adds nothing. It listens no more.
         """
         import torch
 
@@ -136,16 +141,20 @@ class HiddenDistance:
         if "attention_mask" in batch:
             counted = counted * batch["attention_mask"]
         if self._aligned is not None:
-            counted = counted * torch.from_numpy(self._aligned[indices, None]).to(counted)
+            aligned = {"aligned": self._aligned[indices, None]}
+            counted = counted * to_device(aligned, counted.device)["aligned"]
         pairs = [
             tuple(self._outputs[layer] for layer in pair) for pair in zip(*self._sides, strict=True)
         ]
+        self._listens = False
+        self._outputs.clear()
         if is_spare:
             counted = torch.zeros_like(counted)
         return torch.stack([_distance(*pair, counted, self.ranks) for pair in pairs]).mean()
 
     def _keep(self, layer: nn.Module, _: object, output: Any) -> None:
-        self._outputs[layer] = output[0] if isinstance(output, tuple) else output
+        if self._listens:
+            self._outputs[layer] = output[0] if isinstance(output, tuple) else output
 
 
 def _distance(

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from orchestrator.batches import dealt_out, micro_batches, num_calls, splits_batches
+from orchestrator.compiled import compiled
 from orchestrator.distill import Distillation, HiddenDistance
 from orchestrator.predict import row_lengths, to_device
 from orchestrator.problems import nearest
 from orchestrator.progress import LossCurve, OnLog, Pace
 from orchestrator.ranks import Ranks
+from orchestrator.recompute import recomputed
 from orchestrator.strategies import SINGLE, Plan, Strategy
 from orchestrator.tasks.augmentation import Augmentation
 from orchestrator.trial import BadInput, Frozen
@@ -43,6 +45,8 @@ class FinetuneOptions(Frozen):
     it. `augmentation` adds rows that the teacher answers; an epoch goes over those too.
     `group_by_length` puts rows of similar length into a batch. `freeze` lists parts of
     parameters' names that stay as they are. `dropout` replaces the model's own.
+    `gradient_checkpointing` keeps less for the backward pass, and computes the rest again.
+    `torch_compile` compiles the layers; the first steps take long.
     """
 
     learning_rate: float = Field(5e-5, ge=0)
@@ -62,6 +66,8 @@ class FinetuneOptions(Frozen):
     augmentation: Augmentation | None = None
     freeze: tuple[str, ...] = ()
     dropout: float | None = Field(None, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
     logging_steps: int = Field(10, gt=0)
 
     @model_validator(mode="after")
@@ -126,6 +132,8 @@ def finetune(
     import torch
     from accelerate.utils import set_seed
 
+    from orchestrator.prune.tree import layers_of
+
     distillation = options.distillation
     assert (teacher is None) == (distillation is None), "distillation needs a teacher"
     assert (hidden is None) == (distillation is None or distillation.hidden == 0)
@@ -163,6 +171,8 @@ def finetune(
         frozen(model, options.freeze),
         dropout_at(options.dropout, model),
         unwrapped(model),
+        recomputed(model, options.gradient_checkpointing),
+        compiled(layers_of(model) if options.torch_compile else []),
         hidden or nullcontext(),
         counted_together(model, hidden, ranks if splits_batches(accumulation, ranks) else Ranks()),
     ):
@@ -192,6 +202,8 @@ def finetune(
             for micro in dealt_out(itertools.islice(batches, accumulation), ranks, pieces):
                 batch = to_device(micro.arrays, device)
                 with accelerator.accumulate(trained):
+                    if hidden:
+                        hidden.listen()
                     target = teacher(micro.indices, batch) if teacher else None
                     loss = micro.share * objective(trained, task, batch, target, distillation)
                     if hidden and distillation:

@@ -92,9 +92,10 @@ class Worker:
         bench = Bench(recipe, self._folder, device=self._device, **self._limits)
         options = [recipe.resources.of(model.id) for model in recipe.models]
         if self._size > 1 or any(each.strategy_name != "single" for each in options):
-            join_ranks(bench.device)
+            waits = recipe.resources.collective_timeout_s
+            join_ranks(bench.device, self._folder, timeout_s=waits)
             bench.crew = Crew(recipe.resources.of)
-            self._clean.keeps_group = True
+            self._clean.keep_group()
         return bench
 
     @property
@@ -141,6 +142,11 @@ class Clean:
         self.environment = dict(os.environ)
         self.settings = [(read(), write) for read, write in SETTINGS]
         self.bindings = dict(_bindings())
+
+    def keep_group(self) -> None:
+        """The process group there is, and what it was told through the environment, stay."""
+        self.keeps_group = True
+        self.environment = dict(os.environ)
 
     def restore(self) -> None:
         """End process groups, and set everything back; random numbers start anew from one seed."""

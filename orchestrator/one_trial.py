@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     bench = Bench(recipe, Path(recipe.output_dir), device=device)
     if options.strategy_name != "single":
-        join_ranks(device)
+        waits = recipe.resources.collective_timeout_s
+        join_ranks(device, bench.folder, timeout_s=waits)
         bench.crew = Crew(lambda model: options)
         if rank > 0:
             bench.crew.follow(bench)

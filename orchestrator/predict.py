@@ -50,9 +50,10 @@ def row_lengths(encoded: Encoded) -> np.ndarray:
 
 
 def to_device(arrays: dict[str, np.ndarray], device: torch.device | str) -> Batch:
+    """The arrays as tensors there; nobody waits for the copy."""
     import torch
 
-    return {
-        name: torch.from_numpy(array).to(device, non_blocking=True)
-        for name, array in arrays.items()
-    }
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if torch.device(device).type == "cuda":  # a GPU reads by itself only what cannot be swapped out
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -59,7 +59,7 @@ class LossCurve:
         """Raises `Diverged` for a loss or gradient that is not finite."""
         import torch
 
-        self._sums = self._sums.to(loss.device) + torch.stack([loss, grad_norm])
+        self._sums = self._sums.to(loss.device, non_blocking=True) + torch.stack([loss, grad_norm])
         is_due = step % self._logging_steps == 0 or step == self._num_steps
         if not (is_due or self._check_each):
             return

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     import torch
+
+
+NUM_RECORDED = 2000  # calls of NCCL that a rank remembers
+
+
+def watch_nccl(folder: Path) -> None:
+    """Let a rank on a GPU end when NCCL fails or waits for too long, and say where it stood.
+
+    It then writes its last calls to `folder`, for torch's `torchfrtrace` to read. What the
+    environment says already stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    where = str(folder / "rank-")  # its number follows
+    settings = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": str(NUM_RECORDED),
+        "TORCH_FR_DUMP_TEMP_FILE": where,
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(NUM_RECORDED),  # older names of the last two
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": where,
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)

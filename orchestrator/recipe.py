@@ -38,7 +38,7 @@ from orchestrator.resources import Resources
 from orchestrator.runtimes import Target
 from orchestrator.search import SEARCHERS, Goal, Searcher
 from orchestrator.signature import Signature
-from orchestrator.space import Space, grid, infeasible, predict, resolve, trains
+from orchestrator.space import Space, finetune_sections, grid, infeasible, predict, resolve, trains
 from orchestrator.tasks import TASKS, Task
 from orchestrator.trial import BadInput, Frozen, TrialConfig, content_hash
 
@@ -227,6 +227,12 @@ class Recipe(Frozen):
         sections = (value for _, value in variants(self.space.tree["finetune"], ()))
         options = [FinetuneOptions(**section) for section in sections]
         return max(options, key=_budget).model_dump(mode="json")
+
+    def finetunes_with(self, option: str) -> bool:
+        """Whether anything may be trained with that option of fine-tuning switched on."""
+        dense = Space(model=("",), finetune=self.baseline.finetune)
+        sections = (each for space in (self.space, dense) for each in finetune_sections(space))
+        return any(section.get(option) for section in sections)
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
         """Raise `BadInput`, with the reasons, where no configuration can work within the limits."""

@@ -104,9 +104,11 @@ class Resources(GangOptions):
     other options for the trials of a base model, by its id. `max_*` caps what all gangs together
     take. `labels` and `custom` go to Ray: node labels that a gang's node must have, and custom
     resources of each gang. A work that runs longer than `time_limit_s` is ended, as is one with a
-    worker that gives no sign of life for `silence_s`; one whose worker died or fell silent is tried `max_attempts` times in all. A worker is replaced after `recycle_after`
-    works and handed back to the cluster when idle for `idle_s`. Training writes a checkpoint every
-    `save_steps` optimizer steps, from which an interrupted trial goes on; 0 writes none.
+    worker that gives no sign of life for `silence_s`, or that waits for those it trains with for
+    `collective_timeout_s`; one whose worker died or fell silent is tried `max_attempts` times in
+    all. A worker is replaced after `recycle_after` works and handed back to the cluster when idle
+    for `idle_s`. Training writes a checkpoint every `save_steps` optimizer steps, from which an
+    interrupted trial goes on; 0 writes none.
     """
 
     engine: Literal["ray", "inline"] = "ray"
@@ -118,6 +120,7 @@ class Resources(GangOptions):
     labels: dict[str, str] = {}
     custom: dict[str, float] = {}
     silence_s: float = Field(60.0, ge=10)
+    collective_timeout_s: float = Field(1800.0, ge=10)
     time_limit_s: float | None = Field(None, gt=0)
     max_attempts: int = Field(3, ge=1)
     recycle_after: int = Field(50, ge=1)

@@ -19,6 +19,7 @@ from orchestrator.parameters import (
     Suggest,
     as_list,
     parse,
+    variants,
 )
 from orchestrator.plugins import build, find
 from orchestrator.problems import Problem
@@ -202,6 +203,11 @@ def _finetuning(options: FinetuneOptions) -> dict[str, Any]:
 def _without(options: FrozenT, unused: set[str]) -> FrozenT:
     defaults = {name: type(options).model_fields[name].default for name in unused}
     return options.model_copy(update=defaults)
+
+
+def finetune_sections(space: Space) -> list[dict[str, Any]]:
+    """Fine-tuning options in every combination of their alternatives, as far as they can be read."""
+    return [section for _, section in variants(space.parsed[0]["finetune"], ())]
 
 
 def trains(options: FinetuneOptions) -> bool:

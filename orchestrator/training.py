@@ -29,7 +29,7 @@ from orchestrator.prune.tree import layers_of
 from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import round_again, set_enabled
-from orchestrator.ranks import Ranks
+from orchestrator.ranks import Ranks, watch_nccl
 from orchestrator.resources import GangOptions
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
@@ -198,22 +198,22 @@ def _hidden(
 # -- a gang --------------------------------------------------------------------------------------
 
 
-def join_ranks(device: str) -> None:
+def join_ranks(device: str, folder: Path, *, timeout_s: float) -> None:
     """Make the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-    Where they do not, it is this process alone.
+    Where they do not, it is this process alone. A rank that waits for the others for `timeout_s`
+    ends; on a GPU it leaves in the study's `folder` what it waited for.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in alone.items():
+    first = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in first.items():
         os.environ.setdefault(name, value)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    if "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(backend)
-        return
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        watch_nccl(folder / "nccl")
+    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    place = {} if "MASTER_ADDR" in os.environ else alone
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **place)
 
 
 class Part(Frozen):

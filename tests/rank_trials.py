@@ -49,7 +49,7 @@ def main(folder: Path, strategy: str, trials: Path, die_at: int = 0) -> None:
     recipe = make_recipe(tiny_study.recipe(folder, **sections))
     bench = Bench(recipe, folder / "study", device="cpu")
     if strategy != "single":
-        join_ranks("cpu")
+        join_ranks("cpu", folder, timeout_s=300)
         options = GangOptions(workers_per_trial=size, strategy=strategy)  # type: ignore[arg-type]
         bench.crew = Crew(lambda model: options)
         if int(os.environ["RANK"]) > 0:

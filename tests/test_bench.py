@@ -347,3 +347,16 @@ def test_what_is_found_of_weights_that_a_trial_has_trained_is_not_kept(
         pruned.prunings[0].on_step(2, 2)
         assert len(taylor_passes) == num_passes
     assert not list(bench.stages.folder.glob("importance-*"))
+
+
+def test_a_compiler_is_asked_for_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "absent-compiler")
+    choice = {"finetune": {"max_steps": 1, "torch_compile": {"choice": [False, True]}}}
+    for sections in ({"space": choice}, {"baseline": {"finetune": {"torch_compile": True}}}):
+        recipe = make_recipe(tiny_study.recipe(tmp_path, **sections))
+        with pytest.raises(BadInput, match=r"torch_compile: needs a C\+\+ compiler: there is no"):
+            Bench(recipe, tmp_path / "study", device="cpu").facts()
+    plain = make_recipe(tiny_study.recipe(tmp_path))
+    assert Bench(plain, tmp_path / "study", device="cpu").facts()["models"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from orchestrator.gang import Clean, give_memory_back, rss_mb
+from orchestrator.ranks import watch_nccl
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,60 @@ def test_no_process_group_and_no_state_of_accelerate_is_left(clean, tmp_path):
     assert not torch.distributed.is_initialized()
     assert Accelerator(cpu=True).gradient_accumulation_steps == 1
     clean.restore()
+
+
+def test_what_a_process_group_was_told_stays_with_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+    before, own = Clean(), Clean()
+    watch_nccl(tmp_path / "nccl")
+    own.keep_group()
+    own.restore()
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"  # a user's own
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        assert int(os.environ[name]) > 0
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        assert Path(os.environ[name]).parent == tmp_path / "nccl"
+    assert (tmp_path / "nccl").is_dir()
+    before.restore()
+
+
+@pytest.mark.distributed
+def test_a_rank_does_not_wait_for_ever(tmp_path):
+    """Rank 1 joins, and then is not heard of until rank 0 has given up."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    place["PYTHONPATH"] = str(Path(__file__).parents[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITS, str(tmp_path)],
+            env=os.environ | place | {"RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    _, told = ranks[0].communicate()
+    ranks[1].communicate("go\n")
+    assert ranks[0].returncode == 1 and "imed out" in told
+
+
+WAITS = """
+import os, sys
+from pathlib import Path
+import torch
+from orchestrator.ranks import Ranks
+from orchestrator.training import join_ranks
+
+join_ranks("cpu", Path(sys.argv[1]), timeout_s=3)
+if Ranks.here().rank == 1:
+    sys.stdin.readline()
+    os._exit(0)
+Ranks.here().total(torch.ones(1))
+"""
 
 
 def test_patched_functions_and_methods_are_as_they_were(clean):

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_study
+import torch
 
 from orchestrator.batches import dealt_out, num_calls
+from orchestrator.compiled import missing_compiler
 from orchestrator.one_trial import gang_options
 from orchestrator.ranks import Ranks
 from orchestrator.recipe import make_recipe
@@ -43,14 +45,29 @@ TRIALS: dict[str, Any] = {
     "accumulated": {"finetune": {"gradient_accumulation_steps": 2}},
     "frozen": {"finetune": {"freeze": ["embeddings"]}},
 }
+AGAIN = ("masks", "W4A16 QAT", "all", "frozen")  # also with layers that compute again
+for name in AGAIN:
+    options = TRIALS[name].get("finetune", {}) | {"gradient_checkpointing": True}
+    TRIALS[f"{name}, again"] = TRIALS[name] | {"finetune": options}
+COMPILED = {
+    "all": {**TRIALS["all"], "finetune": {**TRIALS["all"]["finetune"], "torch_compile": True}}
+}
+MISSING = missing_compiler(torch.device("cpu"))
 ROUNDED = {"W8A8 QAT": 1e-3, "W4A16 QAT": 1e-3, "all": 1e-3}  # rounding amplifies 1e-7
+ROUNDED |= {"W4A16 QAT, again": 1e-3, "all, again": 1e-3}
 
 
 def start(
-    folder: Path, strategy: str, size: int, *, names: Iterable[str] = TRIALS, die_at: int = 0
+    folder: Path,
+    strategy: str,
+    size: int,
+    *,
+    names: Iterable[str] = TRIALS,
+    die_at: int = 0,
+    among: dict[str, Any] = TRIALS,
 ) -> dict[str, Any]:
     trials = folder / "trials.json"
-    trials.write_text(json.dumps({name: TRIALS[name] for name in names}))
+    trials.write_text(json.dumps({name: among[name] for name in names}))
     arguments = [str(folder), strategy, str(trials), *([str(die_at)] if die_at else [])]
     run_ranks(
         "rank_trials.py", *arguments, size=0 if strategy == "single" else size, dies=bool(die_at)
@@ -122,6 +139,21 @@ def test_twenty_trainings_in_turn_leave_nothing_on_any_rank(tmp_path: Path) -> N
         assert not {n for n in said[0]["alive"] if "DeepSpeed" in n or "AdamW" in n}
         # a model that stayed would be 9 or 18 MB each time
         assert said[-1]["rss_mb"] - said[4]["rss_mb"] < 40, [each["rss_mb"] for each in said]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason=f"torch.compile needs {MISSING}")
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+def test_compiled_layers_come_to_the_same_under_every_strategy(
+    alone: dict[str, Any], tmp_path: Path, strategy: str
+) -> None:
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    shutil.copy(alone["data"], tmp_path)
+    result = start(tmp_path, strategy, 2, names=COMPILED, among=COMPILED)["all"]
+    assert result["status"] == "completed", result["message"]
+    np.testing.assert_allclose(losses(result), losses(alone["all"]), rtol=ROUNDED["all"])
 
 
 @pytest.mark.distributed

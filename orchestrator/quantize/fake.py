@@ -37,6 +37,9 @@ class FakeQuantInput:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         dtype = _compute_dtype(x)
+        if torch.compiler.is_compiling():  # a compiler finds by itself what is computed twice
+            apply = _apart if self._asks_ranks else _RoundActivation.apply
+            return apply(x, self.numerics, dtype, self.ranks)
         if x.is_inference():  # has no version, so a change in place would go unseen
             return _RoundActivation.apply(x, self.numerics, dtype, self.ranks)
         key = (x._version, dtype, x.requires_grad and torch.is_grad_enabled())
@@ -44,6 +47,10 @@ class FakeQuantInput:
             self._rounded = _RoundActivation.apply(x, self.numerics, dtype, self.ranks)
             self._last, self._key = weakref.ref(x), key
         return self._rounded
+
+    @property
+    def _asks_ranks(self) -> bool:
+        return self.ranks.size > 1 and self.numerics.granularity == "tensor"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeQuantInput:
         return FakeQuantInput(self.numerics)
@@ -141,6 +148,14 @@ class _RoundActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return grad, None, None, None
+
+
+@torch.compiler.disable
+def _apart(
+    x: torch.Tensor, numerics: ActivationNumerics, dtype: torch.dtype, ranks: Ranks
+) -> torch.Tensor:
+    """Not compiled: what ranks do together has to come in the same order on all of them."""
+    return _RoundActivation.apply(x, numerics, dtype, ranks)
 
 
 class _RoundWeight(torch.autograd.Function):

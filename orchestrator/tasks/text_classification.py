@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
+from orchestrator.predict import to_device
 from orchestrator.problems import nearest, raise_if
 from orchestrator.tasks import Encoded, Estimate, Kind, Record, Rows, Split
 from orchestrator.tasks.data import (
@@ -155,7 +156,8 @@ class TextClassification(Frozen):
         labels = batch["labels"]
         if self.class_weights is None:
             return F.cross_entropy(logits, labels)
-        weights = logits.new_tensor(self._weights())
+        given = {"weights": np.array(self._weights(), "f4")}
+        weights = to_device(given, logits.device)["weights"].to(logits.dtype)
         return F.cross_entropy(logits, labels, weight=weights, reduction="sum") / len(labels)
 
     def distillation_loss(
