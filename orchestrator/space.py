@@ -147,11 +147,10 @@ def resolve(
     Two configurations that mean the same have the same id. Raises `Infeasible` where a plug-in's
     class refuses its options.
     """
-    methods = _flat(spell_out(prune, "method"))
     try:
         return TrialConfig(
             model=model,
-            prune=tuple(_method(section) for section in methods if section["method"] != "none"),
+            prune=tuple(_method(section) for section in method_sections(prune)),
             quantize=_quantization(QuantizeOptions(**spell_out(quantize, "scheme"))),
             finetune=_finetuning(FinetuneOptions(**(finetune or {}))),
             seed=seed,
@@ -159,6 +158,12 @@ def resolve(
     except ValidationError as error:
         reasons = (detail["msg"].removeprefix("Value error, ") for detail in error.errors())
         raise Infeasible(f"{error.title}: {'; '.join(reasons)}") from error
+
+
+def method_sections(prune: Any) -> list[dict[str, Any]]:
+    """The methods that a `prune` section lists, in their order; `none` is no method."""
+    sections = _flat(spell_out(prune, "method"))
+    return [section for section in sections if section["method"] != "none"]
 
 
 def _flat(methods: Any) -> list[dict[str, Any]]:
