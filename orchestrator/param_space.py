@@ -18,10 +18,10 @@ from orchestrator.prune import METHODS
 from orchestrator.quantize import QuantizeOptions
 from orchestrator.recipe import Recipe
 from orchestrator.space import Space, draw, spell_out
-from orchestrator.trial import BadInput, TrialConfig
+from orchestrator.trial import BadInput, Frozen, TrialConfig
 
 SHORT = {"prune": "method", "quantize": "scheme"}  # sections that a name alone may stand for
-MERGED = {"quantize": QuantizeOptions, "finetune": FinetuneOptions}
+MERGED: dict[str, type[Frozen]] = {"quantize": QuantizeOptions, "finetune": FinetuneOptions}
 Path = tuple[str, ...]
 
 

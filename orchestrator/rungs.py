@@ -25,11 +25,13 @@ class Standing:
 class Rungs:
     """A training is `count` rungs high, evenly. The last is its end, of which the result tells.
 
-    `hear` may raise `Stopped`.
+    `hear` is told at the others; `check`, which may raise `Stopped`, is called whenever a loss is
+    logged.
     """
 
     count: int
     hear: Callable[[Standing], None]
+    check: Callable[[], None] = lambda: None
 
     def during(self, score: Callable[[], float] | None) -> Telling:
         """Of one training; `score` finds the quality of its model."""
@@ -46,6 +48,7 @@ class Telling:
 
     def on_log(self, step: int, num_steps: int, loss: float) -> None:
         self._loss = loss
+        self._rungs.check()
 
     def on_step(self, step: int, num_steps: int) -> None:
         """After what changes the weights: masks are in their places when they are scored."""

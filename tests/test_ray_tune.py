@@ -129,11 +129,10 @@ def write_recipe(folder: Path, **sections: Any) -> Path:
 
 
 def intact_stages(study: Path, stage: str) -> int:
-    """How many results of a stage there are. Nothing else may lie beside them."""
+    """How many results of a stage there are, all of them whole."""
     stages = Stages(study / "stages")
     found = list(stages.each(stage))
     assert all(stages.find(stage, inputs, version=version) for inputs, version in found)
-    assert [path.name for path in stages.folder.glob(".*") if path.is_dir()] == []
     return len(found)
 
 
@@ -182,8 +181,7 @@ def test_the_example_of_a_loop_that_is_there(tuning: Tuning) -> None:
     reports = [json.loads(path.read_text().splitlines()[-1]) for path in results]
     assert all(report["accuracy"] > 0.8 and report["latency_ms"] > 0 for report in reports)
     assert len(list(tuning.home.glob("ray_results/*/*/checkpoint_*/model.onnx"))) == 2
-    plain, pruned = sorted(reports, key=lambda report: str(report["config"]["prune"]), reverse=True)
-    assert plain["config"]["prune"] == "none"
+    plain, pruned = sorted(reports, key=lambda report: report["config"]["prune"] != "none")
     if plain["config"]["quantize"] == pruned["config"]["quantize"]:
         assert pruned["size_mb"] < plain["size_mb"]
 
@@ -235,6 +233,7 @@ def test_eight_trials_of_which_some_are_stopped_and_one_diverges(
     assert completed and stopped
     assert all("latency_ms" not in each and each["training_iteration"] < 4 for each in stopped)
     assert intact_stages(tmp_path / "study", "trained") == len(completed)
+    assert not [path for path in (tmp_path / "study" / "stages").glob(".*") if path.is_dir()]
     assert sorted(found["states"]) == ["COMPLETE"] * 7 + ["FAIL"]
 
 

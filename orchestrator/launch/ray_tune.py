@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from orchestrator.artifact import DamagedArtifact, verify
 from orchestrator.facts import facts_of
 from orchestrator.launch.ray_cluster import check_room, gang_shape
-from orchestrator.launch.ray_gangs import LOOK_S, RayWorker
+from orchestrator.launch.ray_gangs import LOOK_S, RayWorker, why_lost
 from orchestrator.launch.ray_kinds import environment
 from orchestrator.manifest import check_writable, open_study
 from orchestrator.param_space import configure, in_short
@@ -108,6 +108,7 @@ def trainable(
     `BadInput`.
     """
     about = _about(recipe, num_rungs=num_rungs, device=device)
+    about.folder.mkdir(parents=True, exist_ok=True)  # workers see it, or do not share this disk
     return type(about.recipe.name, (CompressionTrial,), {"about": about})
 
 
@@ -265,11 +266,10 @@ def _told(result: TrialResult, about: About) -> Json:
     measured, folder = result.measurement, about.folder_of(result.config)
     assert measured is not None
     training = result.details.get("training", {})
-    ends = zip(("low", "high"), zip(*measured.intervals.values(), strict=True), strict=True)
     bounds = {
-        f"{name}_{end}": value
-        for end, values in ends
-        for name, value in zip(measured.intervals, values, strict=True)
+        f"{name}_{end}": bound
+        for name, interval in measured.intervals.items()
+        for end, bound in zip(("low", "high"), interval, strict=True)
     }
     told = {
         **measured.metrics,
@@ -292,13 +292,12 @@ def _told(result: TrialResult, about: About) -> Json:
 def _died(error: RayError, config: TrialConfig) -> TrialResult:
     """What becomes of a trial one of whose processes is gone."""
     is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return TrialResult(
         trial_id=config.id,
         config=config,
         status=TrialStatus.FAILED,
         reason=Reason.OOM if is_full else Reason.ERROR,
-        message=f"a worker died: {lines[-1]}",
+        message=why_lost(error),
     )
 
 
@@ -330,8 +329,9 @@ class TrialWorker(RayWorker):
         from orchestrator.alone import this_host
         from orchestrator.one_trial import run_with_baseline
 
+        self.worker.check_folder()
         bench = self.worker.bench
-        bench.pieces, bench.rungs = pieces, Rungs(num_rungs, self._stand)
+        bench.pieces, bench.rungs = pieces, Rungs(num_rungs, self._stand, self._check)
         with this_host().working():
             result = run_with_baseline(config, bench, lambda stage: self._check())
         if not self.worker.is_broken:
@@ -343,7 +343,6 @@ class TrialWorker(RayWorker):
             raise Stopped("Tune has stopped it")
 
     def _stand(self, standing: Standing) -> None:
-        self._check()
         if standing.quality is None or math.isfinite(standing.quality):
             with self._changed:
                 self._standings.append(standing)
@@ -415,7 +414,6 @@ class Workers:
 
     def begin(self, config: TrialConfig, pieces: int) -> None:
         self._number, self._heard = self._number + 1, 0
-        self._about.folder.mkdir(parents=True, exist_ok=True)
         run = self._actors[0].run.options(concurrency_group="work")
         self._answer = run.remote(self._number, config, self._about.num_rungs, pieces)
 
