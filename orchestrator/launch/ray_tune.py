@@ -21,19 +21,16 @@ import ray
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayError
 from ray.tune.search import Searcher as TuneSearcher
-from ray.util import get_current_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator.artifact import DamagedArtifact, verify
 from orchestrator.facts import facts_of
 from orchestrator.launch.ray_cluster import check_room, gang_shape
-from orchestrator.launch.ray_gangs import LOOK_S, RayWorker, why_lost
-from orchestrator.launch.ray_kinds import environment
+from orchestrator.launch.ray_gangs import why_lost
+from orchestrator.launch.ray_tune_workers import Workers
 from orchestrator.manifest import check_writable, open_study
 from orchestrator.param_space import configure, in_short
-from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe, load_recipe
-from orchestrator.rungs import Rungs, Standing
+from orchestrator.rungs import Standing
 from orchestrator.search import Ask
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, predict
@@ -42,15 +39,12 @@ from orchestrator.trial import (
     BadInput,
     Infeasible,
     Reason,
-    Stopped,
     TrialConfig,
     TrialResult,
     TrialStatus,
 )
 
 Json = dict[str, Any]
-STOP_S = 60.0  # a trial that is told to stop has so long to come to its next rung or stage
-POLL_S = 0.05
 ALWAYS = {Reason.DIVERGED, Reason.INFEASIBLE}  # another attempt would end the same way
 
 
@@ -194,19 +188,19 @@ class CompressionTrial(tune.Trainable):
         """What an earlier attempt has found, where another would find the same."""
         folder = self.about.folder_of(config)
         result = read_result(folder)
-        if result is None or result.status is TrialStatus.FAILED:
+        if result is None or result.reason is not None:
             return result if result and result.reason in ALWAYS else None
         try:
             verify(folder / "artifact")
         except DamagedArtifact:
             return None
-        return result
+        return result if result.measurement and result.measurement.is_timed else None
 
     def _hear(self, config: TrialConfig) -> Standing | TrialResult:
         """How it stands at the next rung, or its result. It is begun where it does not run yet."""
         while True:
             if self._workers is None:
-                self._workers = Workers(self.about, self.trial_resources)
+                self._workers = self._started()
             if not self._has_begun:
                 self._workers.begin(config, self._pieces)
                 self._has_begun = True
@@ -222,6 +216,19 @@ class CompressionTrial(tune.Trainable):
                     self._pieces = 2  # once more, with half the rows a call
                     continue
             return said
+
+    def _started(self) -> Workers:
+        resources = self.trial_resources
+        if not resources.head_bundle_is_empty:
+            rule = "resources: a trial takes what its recipe says; leave tune.with_resources out."
+            raise BadInput([rule])
+        about = self.about
+        arguments = {
+            "recipe": about.recipe.resolved(),
+            "folder": str(about.folder),
+            "device": about.device,
+        }
+        return Workers(resources.bundles, arguments, num_rungs=about.num_rungs)
 
     def _finished(self, result: TrialResult) -> Json:
         """All that Tune is told of a trial at its end. Raises `TrialFailed`."""
@@ -299,159 +306,6 @@ def _died(error: RayError, config: TrialConfig) -> TrialResult:
         reason=Reason.OOM if is_full else Reason.ERROR,
         message=why_lost(error),
     )
-
-
-# -- the workers of a trial ----------------------------------------------------------------------
-
-
-class TrialWorker(RayWorker):
-    """One process of a trial. The first runs it, the others follow."""
-
-    def __init__(self, worker: str, arguments: Json) -> None:
-        super().__init__(worker, arguments)
-        self._number = self._stopped = 0  # of the trial that runs, and of one that shall not
-        self._standings: list[Standing] = []
-        self._is_over = False
-
-    def run(self, number: int, config: TrialConfig, num_rungs: int, pieces: int) -> TrialResult:
-        """The `number`-th trial of this process."""
-        with self._changed:
-            self._number, self._standings, self._is_over = number, [], False
-        try:
-            return self._run(config, num_rungs, pieces)
-        finally:
-            with self._changed:
-                self._is_over = True
-                self._changed.notify_all()
-
-    def _run(self, config: TrialConfig, num_rungs: int, pieces: int) -> TrialResult:
-        quiet()
-        from orchestrator.alone import this_host
-        from orchestrator.one_trial import run_with_baseline
-
-        self.worker.check_folder()
-        bench = self.worker.bench
-        bench.pieces, bench.rungs = pieces, Rungs(num_rungs, self._stand, self._check)
-        with this_host().working():
-            result = run_with_baseline(config, bench, lambda stage: self._check())
-        if not self.worker.is_broken:
-            self.worker.reset()
-        return result
-
-    def _check(self) -> None:
-        if self._stopped == self._number:
-            raise Stopped("Tune has stopped it")
-
-    def _stand(self, standing: Standing) -> None:
-        if standing.quality is None or math.isfinite(standing.quality):
-            with self._changed:
-                self._standings.append(standing)
-                self._changed.notify_all()
-
-    def hear(self, number: int, heard: int) -> Standing | None:
-        """What the `number`-th trial says after `heard` standings; waits a while for it."""
-
-        def is_news() -> bool:
-            return self._number == number and (self._is_over or len(self._standings) > heard)
-
-        with self._changed:
-            self._changed.wait_for(is_news, timeout=LOOK_S)
-            here = self._number == number
-            return self._standings[heard] if here and len(self._standings) > heard else None
-
-    def stop(self, number: int) -> None:
-        """The `number`-th trial is to end at its next rung or stage."""
-        self._stopped = number
-
-    def is_broken(self) -> bool:
-        return bool(self.worker.is_broken)
-
-
-REMOTE_WORKER = ray.remote(
-    max_restarts=0,
-    max_task_retries=0,
-    concurrency_groups={"work": 1, "news": 1, "orders": 1},
-)(TrialWorker)
-
-
-class Workers:
-    """The processes of a trial, on the bundles of its placement group. Not listening, they are broken."""
-
-    def __init__(self, about: About, resources: tune.PlacementGroupFactory) -> None:
-        if not resources.head_bundle_is_empty:
-            raise BadInput(
-                ["resources: a trial takes what its recipe says; leave tune.with_resources out."]
-            )
-        self._about, self._number, self._heard = about, 0, 0
-        self._answer: ray.ObjectRef | None = None
-        self.are_broken = False
-        bundles = resources.bundles
-        self._actors = [self._actor(rank, bundle) for rank, bundle in enumerate(bundles)]
-        self._following: list[ray.ObjectRef] = []
-        if len(bundles) > 1:
-            places = [actor.place.remote() for actor in self._actors]
-            for rank, actor in enumerate(self._actors):
-                actor.join.remote(rank, *places)
-            self._following = [actor.follow.remote() for actor in self._actors[1:]]
-
-    def _actor(self, rank: int, bundle: Mapping[str, float]) -> Any:
-        num_cpus = int(bundle["CPU"])
-        place = PlacementGroupSchedulingStrategy(get_current_placement_group(), rank)
-        options = REMOTE_WORKER.options(
-            num_cpus=num_cpus,
-            num_gpus=int(bundle.get("GPU", 0)),
-            resources={n: much for n, much in bundle.items() if n not in ("CPU", "GPU")},
-            scheduling_strategy=place,
-            runtime_env={"env_vars": environment(num_cpus)},
-        )
-        arguments = {
-            "recipe": self._about.recipe.resolved(),
-            "folder": str(self._about.folder),
-            "device": self._about.device,
-            "threads": num_cpus,
-        }
-        return options.remote("orchestrator.gang:Worker", arguments)
-
-    def begin(self, config: TrialConfig, pieces: int) -> None:
-        self._number, self._heard = self._number + 1, 0
-        run = self._actors[0].run.options(concurrency_group="work")
-        self._answer = run.remote(self._number, config, self._about.num_rungs, pieces)
-
-    def hear(self) -> Standing | TrialResult:
-        """The next that the trial says. Raises `RayError` where a process is gone."""
-        assert self._answer is not None
-        try:
-            while True:
-                news = self._actors[0].hear.options(concurrency_group="news")
-                standing: Standing | None = ray.get(news.remote(self._number, self._heard))
-                if standing is not None:
-                    self._heard += 1
-                    return standing
-                if ray.wait([self._answer], timeout=POLL_S)[0]:
-                    result: TrialResult = ray.get(self._answer)
-                    self.are_broken = len(self._actors) > 1 and self._is_broken()
-                    return result
-                for ended in ray.wait(self._following, timeout=0)[0] if self._following else []:
-                    ray.get(ended)
-                    raise RayError("a worker left its gang")
-        except RayError:
-            self.are_broken = True
-            raise
-
-    def _is_broken(self) -> bool:
-        asked = self._actors[0].is_broken.options(concurrency_group="orders")
-        return bool(ray.get(asked.remote()))
-
-    def stop(self) -> None:
-        """Wait for the trial to end at its next rung or stage. Others that train with it are lost."""
-        order = self._actors[0].stop.options(concurrency_group="orders")
-        order.remote(self._number)
-        ended, _ = ray.wait([self._answer], timeout=STOP_S)
-        self.are_broken = not ended or len(self._actors) > 1
-
-    def end(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
 
 
 # -- searchers -----------------------------------------------------------------------------------
