@@ -19,8 +19,12 @@ from typing import Any
 import pytest
 import tiny_study
 
+from orchestrator.artifact import verify
+from orchestrator.plan import make_plan
+from orchestrator.rebuild import study_above
 from orchestrator.recipe import load_recipe
 from orchestrator.stages import Stages
+from orchestrator.study import read_result
 
 pytest.importorskip("ray.tune")
 
@@ -162,10 +166,8 @@ def test_the_example_of_a_study(tuning: Tuning, tmp_path: Path) -> None:
     assert {"size_mb", "latency_ms", "accuracy_low"} <= last.keys()
     artifact = Path(last["artifact"])
     assert artifact.parent == tmp_path / "study" / "trials" / last["slimtune_id"]
-    shown = [sys.executable, "-m", "orchestrator.cli", "measure", str(artifact), "--json"]
-    done = subprocess.run(shown, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"]["accuracy"] == last["accuracy"]
+    assert verify(artifact)["config"] == read_result(artifact.parent).config.model_dump(mode="json")
+    assert study_above(artifact) == tmp_path / "study"
     parameters = json.loads((results.parent / "params.json").read_text())
     assert parameters["quantize"] == {"scheme": "W8A16", "qat": True}
     assert "accuracy" in (results.parent / "progress.csv").read_text().splitlines()[0]
@@ -232,7 +234,8 @@ def test_eight_trials_of_which_some_are_stopped_and_one_diverges(
     stopped = [each for each in found["told"] if each not in completed and each not in failed]
     assert completed and stopped
     assert all("latency_ms" not in each and each["training_iteration"] < 4 for each in stopped)
-    assert intact_stages(tmp_path / "study", "trained") == len(completed)
+    # a trial may have trained to its end before it hears that it is stopped
+    assert len(completed) <= intact_stages(tmp_path / "study", "trained") <= 7
     assert not [path for path in (tmp_path / "study" / "stages").glob(".*") if path.is_dir()]
     assert sorted(found["states"]) == ["COMPLETE"] * 7 + ["FAIL"]
 
@@ -244,19 +247,22 @@ import json, sys
 from ray import tune
 from orchestrator.launch.ray_tune import Searcher
 from orchestrator.param_space import configure
+from orchestrator.artifact import verify
+from orchestrator.plan import make_plan
+from orchestrator.rebuild import study_above
 from orchestrator.recipe import load_recipe
 
-found = {}
-for search in ("grid", "random"):
-    recipe = load_recipe(sys.argv[1], [f"search.name={search}"])
+def tried(path):
+    recipe = load_recipe(path)
 
     def run(config):
         tune.report({"id": configure(recipe, config).id})
 
     config = tune.TuneConfig(num_samples=-1, search_alg=Searcher(recipe), reuse_actors=True)
     results = tune.Tuner(run, tune_config=config, param_space={"seed": 3}).fit()
-    found[search] = [result.metrics["id"] for result in results]
-print('ANSWER', json.dumps(found))
+    return [result.metrics["id"] for result in results]
+
+print('ANSWER', json.dumps([tried(path) for path in sys.argv[1:]]))
 """
 
 WIDE = {
@@ -278,20 +284,22 @@ WIDE = {
 
 
 @pytest.mark.slow
-def test_tune_tries_what_a_study_would(tuning: Tuning, tmp_path: Path) -> None:
-    searches = {"grid": {"name": "grid", "num_trials": 14}, "random": {"name": "random"}}
-    searches["random"]["num_trials"] = 8
-    for name, search in searches.items():
-        (tmp_path / name).mkdir()
-        path = write_recipe(tmp_path / name, space=WIDE, search=search)
-        found = tuning.script(CONFIGURATIONS.replace('("grid", "random")', f'("{name}",)'), path)
-        command = [sys.executable, "-m", "orchestrator.cli", "plan", str(path), "--json"]
-        plan = subprocess.run(command, capture_output=True, text=True, env=tuning.environment)
-        planned = json.loads(plan.stdout)["configurations"]
+def test_tune_tries_what_a_study_would(
+    tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = ({"name": "grid", "num_trials": 14}, {"name": "random", "num_trials": 8})
+    paths = []
+    for search in searches:
+        (tmp_path / search["name"]).mkdir()
+        paths.append(write_recipe(tmp_path / search["name"], space=WIDE, search=search))
+    found = tuning.script(CONFIGURATIONS, *paths)
+    monkeypatch.setenv("SLIMTUNE_CACHE", tuning.environment["SLIMTUNE_CACHE"])
+    for path, tried in zip(paths, found, strict=True):
+        planned = make_plan(load_recipe(path))["configurations"]
         trials = [row for row in planned if row["role"] == "trial"]
         expected = [row["trial_id"] for row in trials if row["infeasible"] is None]
         assert len(expected) < len(trials)  # what cannot work is not suggested
-        assert found[name] == expected
+        assert tried == expected
 
 
 def test_a_searcher_goes_on_where_it_was_saved(tmp_path: Path) -> None:
@@ -379,7 +387,7 @@ def wait_for(path: Path, pattern: str) -> None:
 def test_a_trial_whose_node_is_killed_goes_on_elsewhere_from_where_it_was(
     cluster: Nodes, tuning: Tuning, tmp_path: Path
 ) -> None:
-    space = {"finetune": {"learning_rate": 1e-3, "max_steps": 1000}}
+    space = {"finetune": {"learning_rate": 1e-3, "max_steps": 600}}
     resources = {"save_steps": 20, "labels": {"role": "weak"}}
     path = write_recipe(tmp_path, space=space, resources=resources)
     cluster.tell("add")
