@@ -50,8 +50,10 @@ def configure(recipe: Recipe, given: Mapping[str, Any]) -> TrialConfig:
 
 
 def in_short(config: TrialConfig, recipe: Recipe) -> dict[str, Any]:
-    """What `configure` needs to come to that configuration: options that say no more than a default
-    are left out, unless the recipe's space names them."""
+    """What `configure` needs to come to that configuration.
+
+    Options that say no more than a default are left out, unless the recipe's space names them.
+    """
     tree, values = recipe.space.tree, config.model_dump(mode="json")
     for section, kind in MERGED.items():
         named = tree[section] if isinstance(tree[section], dict) else {}
