@@ -6,11 +6,17 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 from orchestrator.stages import file_sha256, folder_sha256, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from orchestrator.runtimes import Runtime
+    from orchestrator.tasks import Kind
 
 DESCRIPTION = "artifact.json"
 PREDICTIONS = "predictions.jsonl.zst"
@@ -20,6 +26,28 @@ NOT_HASHED = frozenset({DESCRIPTION})
 
 class DamagedArtifact(Exception):
     """A file of an artifact is missing or is not the one that was measured."""
+
+
+def write(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    runtime: Runtime,
+    *,
+    kind: Kind,
+    cache: Path,
+    about: dict[str, Any],
+) -> str:
+    """Write a converted model as `runtime` loads it, and seal it; `about` comes into artifact.json.
+
+    `cache` is for what models of one shape share.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ports = runtime.export(model, folder, kind=kind, cache=cache)
+    model.config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return seal(folder, {**ports, "kind": kind, **about})
 
 
 def seal(folder: Path, description: dict[str, Any]) -> str:

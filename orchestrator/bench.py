@@ -30,7 +30,7 @@ from orchestrator.finetune import FinetuneOptions, uses_bf16
 from orchestrator.lessons import Lesson, Source, open_lesson, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
 from orchestrator.plugins import find
-from orchestrator.predict import row_lengths
+from orchestrator.predict import predict, row_lengths
 from orchestrator.problems import raise_if
 from orchestrator.prune import PruneContext
 from orchestrator.prune.tree import read_signature
@@ -46,6 +46,7 @@ from orchestrator.tasks.data import collect
 from orchestrator.trial import BadInput, Infeasible, TrialConfig, content_hash
 
 if TYPE_CHECKING:
+    from orchestrator.rungs import Rungs
     from orchestrator.training import Crew
 
 TOKENS_VERSION = 1
@@ -62,7 +63,8 @@ class Bench:
     batch is trained on in `pieces`, where memory is short.
 
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
-    the fingerprint of the machines on which speed counts, "" where any will do.
+    the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
+    how a trial's training goes.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Bench:
         self.timed_on = ""
         self.crew: Crew | None = None
         self.pieces = 1
+        self.rungs: Rungs | None = None
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}
@@ -212,6 +215,15 @@ class Bench:
     def set_attention(self, model: PreTrainedModel) -> None:
         """The attention that trains fastest: on a CPU the fused one's backward pass is the slower one."""
         model.set_attn_implementation("eager" if self.device == "cpu" else "sdpa")
+
+    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+        """The task's quality on validation, of a model in torch, which is left as it was."""
+        was_training = model.training
+        validation = self.encoded("validation", tokenizer)
+        size = self.recipe.calibration_batch_size
+        records = predict(model, self.task, validation, batch_size=size, device=self.device)
+        model.train(was_training)
+        return self.task.metrics(records)[self.task.quality][0]
 
     # -- what stages ask for ---------------------------------------------------------------------
 

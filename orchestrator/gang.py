@@ -115,12 +115,16 @@ class Worker:
 
     def do(self, work: Work, note: Note) -> Result:
         """Raises `DamagedArtifact`, and FileNotFoundError where the study's folder is not seen."""
+        self.check_folder()
+        return perform(work, self.bench, note)
+
+    def check_folder(self) -> None:
+        """Raises FileNotFoundError where the study's folder is not seen."""
         if not self._folder.is_dir():
             raise FileNotFoundError(
                 f"{os.uname().nodename} does not see the study's folder {self._folder}: "
                 "output_dir has to be on a file system that all nodes share"
             )
-        return perform(work, self.bench, note)
 
     def reset(self) -> None:
         """Leave nothing of a work behind but what all works share."""

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from orchestrator.bench import Bench
+from orchestrator.bench import Bench, Note
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import open_study, write_manifest
 from orchestrator.rebuild import recipe_of, study_above
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.resources import GangOptions
 from orchestrator.run_trial import run_baseline, run_trial
-from orchestrator.study import RESULT, write_result
+from orchestrator.study import read_result, write_result
 from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import BadInput, TrialConfig, TrialResult, TrialStatus
 
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _lead(config: TrialConfig, bench: Bench) -> int:
     try:
-        result = _run(config, bench)
+        result = run_with_baseline(config, bench, _print)
     except BadInput as error:
         for problem in error.problems:
             print(f"✗ {problem}", file=sys.stderr)
@@ -82,26 +82,36 @@ def _lead(config: TrialConfig, bench: Bench) -> int:
     return COMPLETED if result.status is TrialStatus.COMPLETED else FAILED
 
 
-def _run(config: TrialConfig, bench: Bench) -> TrialResult:
-    """The dense baseline, if it is not there yet, and the trial; written down as a study does."""
+def _print(stage: str) -> None:
+    print(f"  {stage}", file=sys.stderr, flush=True)
 
-    def note(stage: str) -> None:
-        print(f"  {stage}", file=sys.stderr, flush=True)
 
-    recipe, folder = bench.recipe, bench.folder
-    if not (folder / MANIFEST).is_file():
-        facts = bench.facts()
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, recipe, facts)
-    baseline = recipe.baseline_folder(folder, config.model)
-    if not (baseline / RESULT).is_file():
-        dense = run_baseline(config.model, bench, note)
-        if dense.status is not TrialStatus.COMPLETED:
-            return dense
-        write_result(dense, baseline)
+def run_with_baseline(config: TrialConfig, bench: Bench, note: Note) -> TrialResult:
+    """The trial, and before it what no trial of its study has made yet; written down as a study does.
+
+    A failed dense baseline is the result.
+    """
+    dense = baseline_once(config.model, bench, note)
+    if dense.status is not TrialStatus.COMPLETED:
+        return dense
     result = run_trial(config, bench, note)
-    write_result(result, folder / "trials" / config.id)
+    write_result(result, bench.folder / "trials" / config.id)
     return result
+
+
+def baseline_once(model: str, bench: Bench, note: Note) -> TrialResult:
+    """The dense baseline; the first worker that asks makes it, others wait. The manifest comes first."""
+    recipe, folder = bench.recipe, bench.folder
+    baseline = recipe.baseline_folder(folder, model)
+    with bench.stages.holding("baseline"):
+        if not (folder / MANIFEST).is_file():
+            write_manifest(folder, recipe, bench.facts())
+        known = read_result(baseline)
+        if known is not None and known.status is TrialStatus.COMPLETED:
+            return known
+        dense = run_baseline(model, bench, note)
+        write_result(dense, baseline)
+        return dense
 
 
 def _recipe_above(path: Path) -> Recipe:

@@ -50,6 +50,7 @@ from orchestrator.trial import (
     Infeasible,
     Measurement,
     Reason,
+    Stopped,
     TrialConfig,
     TrialResult,
     TrialStatus,
@@ -283,6 +284,7 @@ def _finetune(
         earlier=earlier,
         going=going,
         gathers=can_go_on(config),
+        rungs=bench.rungs,
     )
 
 
@@ -339,6 +341,10 @@ def _reported(
             "artifact": "artifact",
             "sha256": delivered.sha256,
         }
+    except Stopped as error:
+        clock.log(str(error))
+        shutil.rmtree(folder / "artifact", ignore_errors=True)
+        outcome = {"status": TrialStatus.STOPPED, "message": str(error)}
     except Exception as error:
         clock.log(traceback.format_exc())
         shutil.rmtree(folder / "artifact", ignore_errors=True)

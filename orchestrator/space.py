@@ -59,8 +59,8 @@ class Space(Frozen):
         """The tree, and what is wrong with the parameters that are left out of it."""
         sections = {
             "model": self.model[0] if len(self.model) == 1 else {"choice": self.model},
-            "prune": _spell_out(self.prune, "method"),
-            "quantize": _spell_out(self.quantize, "scheme"),
+            "prune": spell_out(self.prune, "method"),
+            "quantize": spell_out(self.quantize, "scheme"),
             "finetune": self.finetune or {},
             "seed": self.seed,
         }
@@ -68,17 +68,17 @@ class Space(Frozen):
         return {name: parse(node, (name,), problems) for name, node in sections.items()}, problems
 
 
-def _spell_out(node: Any, key: str) -> Any:
+def spell_out(node: Any, key: str) -> Any:
     """`W8A8` as {scheme: W8A8}, also within lists and alternatives; nothing at all as `none`."""
     if node is None:
         return {key: "none"}
     if isinstance(node, str):
         return {key: node}
     if isinstance(node, list | tuple):
-        return [_spell_out(item, key) for item in node]
+        return [spell_out(item, key) for item in node]
     if isinstance(node, dict) and "choice" in node:
         spelt = {
-            name: _spell_out(node[name], key) for name in ("choice", "otherwise") if name in node
+            name: spell_out(node[name], key) for name in ("choice", "otherwise") if name in node
         }
         return {**node, **spelt}
     return node
@@ -148,18 +148,23 @@ def resolve(
     Two configurations that mean the same have the same id. Raises `Infeasible` where a plug-in's
     class refuses its options.
     """
-    methods = _flat(_spell_out(prune, "method"))
     try:
         return TrialConfig(
             model=model,
-            prune=tuple(_method(section) for section in methods if section["method"] != "none"),
-            quantize=_quantization(QuantizeOptions(**_spell_out(quantize, "scheme"))),
+            prune=tuple(_method(section) for section in method_sections(prune)),
+            quantize=_quantization(QuantizeOptions(**spell_out(quantize, "scheme"))),
             finetune=_finetuning(FinetuneOptions(**(finetune or {}))),
             seed=seed,
         )
     except ValidationError as error:
         reasons = (detail["msg"].removeprefix("Value error, ") for detail in error.errors())
         raise Infeasible(f"{error.title}: {'; '.join(reasons)}") from error
+
+
+def method_sections(prune: Any) -> list[dict[str, Any]]:
+    """The methods that a `prune` section lists, in their order; `none` is no method."""
+    sections = _flat(spell_out(prune, "method"))
+    return [section for section in sections if section["method"] != "none"]
 
 
 def _flat(methods: Any) -> list[dict[str, Any]]:

@@ -99,6 +99,13 @@ class Stages:
                 shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
+    @contextmanager
+    def holding(self, name: str) -> Iterator[None]:
+        """Only one of all workers is inside at a time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _held(self.folder / f".{name}.lock", self._while_waiting):
+            yield
+
     def beside(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path:
         """A folder for what is not a result yet; whoever builds it removes it."""
         return self.folder / f".going-{self._folder_of(stage, inputs, version).name}"

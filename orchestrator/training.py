@@ -31,6 +31,7 @@ from orchestrator.quantize.convert import prepare
 from orchestrator.quantize.fake import round_again, set_enabled
 from orchestrator.ranks import Ranks, watch_nccl
 from orchestrator.resources import GangOptions
+from orchestrator.rungs import Rungs, Telling
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
 from orchestrator.strategies import Strategy, make_strategy
@@ -74,12 +75,13 @@ def train(
     earlier: Earlier | None = None,
     going: Path | None = None,
     gathers: bool = False,
+    rungs: Rungs | None = None,
 ) -> tuple[TrainingReport, Gathered | None]:
-    """Fine-tune `model` in place. `prunings` are at work on it.
+    """Fine-tune `model` in place. `prunings` are at work on it, and `rungs` are told how it goes.
 
     It goes on from `earlier`, or from further along where it was interrupted: `going` is the folder
     that is kept for it meanwhile. The optimizer's state comes too if it `gathers`. Raises
-    `Diverged`.
+    `Diverged`, and whatever `rungs` raise.
     """
     if bench.pieces > 1:
         check_pieces(assignment)
@@ -91,7 +93,15 @@ def train(
     run = bench.crew.lead if bench.crew is not None and together else _alone
     try:
         trained = run(
-            model, assignment, bench, tokenizer, prunings, earlier, saver, gathers=gathers
+            model,
+            assignment,
+            bench,
+            tokenizer,
+            prunings,
+            earlier,
+            saver,
+            gathers=gathers,
+            rungs=rungs,
         )
     except Diverged:
         if saver:
@@ -123,7 +133,11 @@ def _alone(
     saver: Saver | None,
     *,
     gathers: bool,
+    rungs: Rungs | None,
 ) -> tuple[TrainingReport, Gathered | None]:
+    def score() -> float:
+        return bench.score(model, tokenizer)
+
     return _finetuned(
         model,
         assignment,
@@ -135,6 +149,7 @@ def _alone(
         saver=saver,
         gathers=gathers,
         pieces=bench.pieces,
+        told=rungs and rungs.during(score),
     )
 
 
@@ -147,6 +162,7 @@ def _finetuned(
     *,
     on_step: Sequence[OnStep],
     gathers: bool,
+    told: Telling | None = None,
     **arguments: Any,
 ) -> tuple[TrainingReport, Gathered | None]:
     """`finetune` as the assignment says, with the optimizer's state if it `gathers`."""
@@ -159,7 +175,8 @@ def _finetuned(
         assignment.finetune,
         seed=assignment.seed,
         device=bench.device,
-        on_step=[*on_step, *_each_step(model, assignment)],
+        on_step=[*on_step, *_each_step(model, assignment), *([told.on_step] if told else [])],
+        on_log=told and told.on_log,
         teacher=lesson.teacher,
         hidden=_hidden(model, assignment, lesson, encoded),
         max_steps=assignment.max_steps,
@@ -261,8 +278,9 @@ class Crew:
         saver: Saver | None,
         *,
         gathers: bool,
+        rungs: Rungs | None,
     ) -> tuple[TrainingReport, Gathered | None]:
-        """`train`, as rank 0 of all. Raises `Diverged`."""
+        """`train`, as rank 0 of all. `rungs` are told the loss alone. Raises `Diverged`."""
         if self.is_broken:
             raise RuntimeError("a rank of this gang has failed: the others do not listen any more")
         encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
@@ -295,7 +313,8 @@ class Crew:
             )
             self.is_broken = True  # until all have done their part
             self._orders_out(part.model_dump_json())
-            report, weights, gathered = self._do(part, bench, Chooser(model, prunings))
+            told = rungs and rungs.during(None)
+            report, weights, gathered = self._do(part, bench, Chooser(model, prunings), told)
         finally:
             shutil.rmtree(start, ignore_errors=True)
         for name, value in weights.items():
@@ -321,7 +340,11 @@ class Crew:
             self.ranks.told(text, group=self._orders)
 
     def _do(
-        self, part: Part, bench: Bench, chooser: Chooser | None
+        self,
+        part: Part,
+        bench: Bench,
+        chooser: Chooser | None,
+        told: Telling | None = None,
     ) -> tuple[TrainingReport, dict[str, torch.Tensor], Gathered | None]:
         """This rank's part. The weights, and the optimizer's state, come back on rank 0 alone."""
         assignment, start = part.assignment, Path(part.start)
@@ -351,6 +374,7 @@ class Crew:
                 gathers=part.gathers,
                 strategy=strategy,
                 pieces=part.pieces,
+                told=told,
             )
         except Diverged:
             self.is_broken = False

@@ -31,6 +31,10 @@ class Diverged(Exception):
     """Training produced a loss that is not finite."""
 
 
+class Stopped(Exception):
+    """A trial was ended before its full budget, on purpose."""
+
+
 class NoBaseline(Exception):
     """The dense model could not be trained, exported or measured: no trial can be judged."""
 

@@ -30,6 +30,8 @@ DRIVER = ("cli", "study", "ledger", "search", "early_stopping", "launch", "repor
 WORKER = (
     "gang",
     "run_trial",
+    "own_loop",
+    "rungs",
     "training",
     "strategies",
     "prune",

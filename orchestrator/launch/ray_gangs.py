@@ -369,7 +369,7 @@ class RayGangs:
             except RayActorError as error:
                 self._end(gang)
                 if _never_started(error) or attempt == self.resources.max_attempts:
-                    why = f"data and models could not be read: {_words(error)}."
+                    why = f"data and models could not be read: {why_lost(error)}."
                     raise BadInput([why]) from error
             else:
                 break
@@ -638,7 +638,7 @@ class RayGangs:
         again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
         blame = self._blame(gang) if reason is Reason.ERROR and again else ""
-        return [Lost(gang.work, reason, _words(error) + blame, again=again)]
+        return [Lost(gang.work, reason, why_lost(error) + blame, again=again)]
 
     def _blame(self, gang: Gang) -> str:
         """What follows for the node that a work was lost on, as the end of a sentence."""
@@ -657,7 +657,7 @@ def _never_started(error: RayError) -> bool:
     return isinstance(error, RayActorError) and error.actor_init_failed
 
 
-def _words(error: RayError) -> str:
+def why_lost(error: RayError) -> str:
     """The sentence of Ray's message that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, RayTaskError) or _never_started(error):

@@ -86,24 +86,24 @@ class Served:
     def export(self, model: PreTrainedModel) -> None:
         """Write the folder that is deployed, whole, with its hashes."""
         bench = self.bench
-        self.folder.mkdir(parents=True, exist_ok=True)
-        ports = bench.runtime.export(
-            model, self.folder, kind=bench.task.kind, cache=bench.stages.folder / "graphs"
-        )
-        model.config.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
-        description = {
-            **ports,
+        about = {
             "trial_id": self.config.id,
             "config": self.config.model_dump(mode="json"),
             "task": bench.task.name,
-            "kind": bench.task.kind,
             "max_length": bench.max_length(self.config.model),
             "padding": {"token_id": self.tokenizer.pad_token_id, "to": bench.target.padding},
             "labels": bench.labels,
             "target": bench.target.model_dump(mode="json"),
         }
-        artifacts.seal(self.folder, description)
+        artifacts.write(
+            self.folder,
+            model,
+            self.tokenizer,
+            bench.runtime,
+            kind=bench.task.kind,
+            cache=bench.stages.folder / "graphs",
+            about=about,
+        )
 
 
 def measure_served(
