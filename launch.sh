@@ -151,13 +151,17 @@ run_tests() {
         install_system
     fi
     if [[ "$use_venv" == true ]]; then
-        current test || install test "[deepspeed,demo,dev,jobs,postgresql]"
+        current test || install test "[deepspeed,demo,dev,jobs,postgresql,tune]"
         python="$venv/bin/python"
     else
         report_torch "$python"
     fi
+    # The whole suite on two cores; single files and tests start sooner without.
+    local parallel=(-n 2 --dist loadfile)
+    [[ $# == 0 || "$1" == -m ]] || parallel=()
+    [[ ${#parallel[@]} == 0 ]] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     cd -- "$root"
-    exec "$python" -m pytest -ra --durations=10 "$@"
+    exec "$python" -m pytest -ra --durations=10 "${parallel[@]}" "$@"
 }
 
 if [[ "${1:-}" == --no-venv ]]; then

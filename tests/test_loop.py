@@ -290,12 +290,12 @@ def test_a_trial_short_of_memory_is_tried_once_more_in_parts(tmp_path, facts):
         return seconds, result
 
     front = run(tmp_path, facts, surrogate=greedy)
-    assert seen and all(pieces == [1, 2] for pieces in seen.values())
+    assert seen and {tuple(pieces) for pieces in seen.values()} == {(1, 2)}
     status = {trial["trial_id"]: trial for trial in front["all_trials"]}
     hopeless = {key for key in seen if drawn(key, "size") < 0.25}
     assert hopeless and hopeless < set(seen)
     assert {key for key in seen if status[key]["reason"] == "oom"} == hopeless
-    assert all(status[key]["status"] == "completed" for key in set(seen) - hopeless)
+    assert {status[key]["reason"] for key in set(seen) - hopeless} <= {None, "diverged"}
 
 
 # -- budgets -------------------------------------------------------------------------------------
@@ -500,7 +500,7 @@ class Elsewhere:
 
 
 def test_trials_of_other_machines_are_timed_on_the_target_s_and_then_told(tmp_path, facts):
-    elsewhere = Elsewhere()
+    elsewhere = Elsewhere(share=0.8)
     front = run(tmp_path, facts, surrogate=elsewhere, num_gangs=6)
     rows = [row for row in front["all_trials"] if row["status"] == "completed"]
     assert len(rows) > 10 and all("latency_ms" in row["metrics"] for row in rows)
