@@ -1,4 +1,4 @@
-"""The command: plan · run · status · front · select · export · measure · report · slurm."""
+"""The command: plan · run · status · front · select · export · measure · report · fetch · slurm."""
 
 from __future__ import annotations
 
@@ -348,6 +348,31 @@ def report(study: StudyPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def fetch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="A folder or URI that gets it all. Default: the hub's own caches."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring models, tokenizers and data here, once and pinned, for machines that see no network."""
+    from orchestrator.fetch import fetch as bring
+    from orchestrator.fetch import fetched_table
+
+    told = bring(recipe, overrides or [], to=to)
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(fetched_table(told))
+        out.print(
+            f"{told['file']} says the same. Without network:", highlight=False, soft_wrap=True
+        )
+        print(f"  {told['command']}")
+
+
+@app.command()
 def slurm(
     recipe: RecipePath,
     arguments: Annotated[
@@ -362,7 +387,9 @@ def slurm(
     template: Annotated[
         Path | None, typer.Option(help="The site's copy of cluster/slurm/study.sh.")
     ] = None,
-    show: Annotated[bool, typer.Option("--print", help="Print the script; submit nothing.")] = False,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the script; submit nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the study as a job of Slurm; with --array=0-4 among its flags once for each of these seeds."""

@@ -76,8 +76,12 @@ class Slurm:
         job = self.job(number)
         return job if job["JobState"] in ENDED else None
 
-    def cancel(self, number: str, *flags: str) -> None:
-        command("scancel", *flags, number)
+    def cancel(self, number: str) -> None:
+        command("scancel", number)
+
+    def limit(self, number: str, *, minutes: int) -> None:
+        """Give a job so many minutes from its start."""
+        command("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
 
 
 def processes_of(number: str) -> list[psutil.Process]:
@@ -93,7 +97,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-def until(look: Callable[[], T | None], *, what: str, seconds: float = 120) -> T:
+def until(look: Callable[[], T | None], *, what: str, seconds: float = 300) -> T:
     """What `look` gives as soon as it gives something."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
@@ -106,8 +110,8 @@ def command(*words: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
 
 
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
+@pytest.fixture(scope="module", name="slurm")
+def slurm_of_ones_own() -> Iterator[Slurm]:
     """Slurm with two nodes of four CPUs; skipped where it is not installed or does not start."""
     for name in ("munged", "slurmctld", "slurmd", "sbatch"):
         if program(name) is None:

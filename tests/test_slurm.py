@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_study
 from conftest import Ended, Here
-from slurm_server import Slurm, processes_of, slurm, until  # noqa: F401
+from slurm_server import Slurm, processes_of, slurm_of_ones_own, until  # noqa: F401
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
@@ -122,14 +122,14 @@ def test_a_recipe_that_is_not_there_is_bad_input(slimtune: Here, tmp_path: Path)
 
 
 @pytest.mark.cluster
-def test_what_slurm_refuses_is_bad_input(slurm: Slurm, slimtune: Here, recipe: Path):  # noqa: F811
+def test_what_slurm_refuses_is_bad_input(slurm: Slurm, slimtune: Here, recipe: Path):
     done = slimtune("slurm", recipe, "--", "--partition=nowhere")
     assert done.status == 2 and "invalid partition specified: nowhere" in done.err
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_job_ends_as_its_study_does(slurm: Slurm, slimtune: Here, tmp_path: Path):  # noqa: F811
+def test_a_job_ends_as_its_study_does(slurm: Slurm, slimtune: Here, tmp_path: Path):
     seeds = write(tmp_path, "seeds")
     none = write(tmp_path, "none", limits={"latency_ms": {"max": 1e-9}})
     bad = write(tmp_path, "bad")
@@ -153,37 +153,56 @@ def test_a_cancelled_job_leaves_nothing_and_its_neighbour_alone(
 ):
     """Both run Ray on the same two machines, one of them for longer than anybody waits."""
     whole = write(tmp_path, "whole", resources={"cpus_per_trial": 1})
-    endless = write(
-        tmp_path, "endless", space={"finetune": {"max_steps": 10**6}}, resources={"save_steps": 0}
-    )
+    endless = write(tmp_path, "endless", space={"finetune": {"max_steps": 10**6}})
     cancelled = submitted(slimtune, endless, "--nodes", 2)
     neighbour = submitted(slimtune, whole, "--nodes", 2)
-    until(lambda: is_training(endless), what="a trial")
+    until(lambda: happened(endless, "started"), what="its first training")
     assert processes_of(cancelled)
     slurm.cancel(cancelled)
-    until(lambda: not processes_of(cancelled), what="the end of its processes", seconds=60)
+    until(lambda: not processes_of(cancelled), what="the end of its processes")
     assert slurm.job(cancelled)["JobState"] == "CANCELLED"
     assert slurm.status(neighbour) == 0, log(whole)
     assert front(whole.parent / "study")["trials"]["failed"] == 0
-    until(lambda: not processes_of(neighbour), what="the end of its processes", seconds=60)
+    until(lambda: not processes_of(neighbour), what="the end of its processes")
     assert [path for number in (cancelled, neighbour) for path in left_by(number)] == []
 
 
-def is_training(recipe: Path) -> bool:
-    """Whether the first trial after the dense baseline has begun."""
-    return any(
-        event.kind == "started" and not event.key.startswith("baseline")
-        for event in events(recipe.parent / "study")
-    )
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
+    slurm: Slurm, slimtune: Here, tmp_path: Path
+):
+    rates = [rate * 1e-5 for rate in range(1, 13)]
+    space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
+    recipe = write(tmp_path, "long", space=space)
+    number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
+    until(lambda: len(happened(recipe, "finished")) > 1, what="the first trial")
+    slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)  # not a minute ahead of it
+    until(lambda: slurm.job(number)["Restarts"] == "1", what="its time limit")
+    before = happened(recipe, "finished")
+    slurm.limit(number, minutes=60)
+    assert slurm.status(number) == 0, log(recipe)
+    after = happened(recipe, "finished")
+    assert len(before) < len(after) and after[: len(before)] == before
+    assert len({event.key for event in after}) == len(after)  # none was run twice
+    assert len({event.lease for event in after}) == 2
+    assert "Interrupted. The same command goes on from here." in log(recipe)
 
 
-def events(study: Path) -> list[Event]:
+def runtime_s(job: dict[str, str]) -> int:
+    hours, minutes, seconds = map(int, job["RunTime"].split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def happened(recipe: Path, kind: str) -> list[Event]:
+    """What the ledger of a recipe's study has of a kind."""
+    study = recipe.parent / "study"
     if not (study / "manifest.json").exists():
         return []
     with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
-        return list(ledger.events())
+        return [event for event in ledger.events() if event.kind == kind]
 
 
 def left_by(number: str) -> list[Path]:
     """What a job left in the folder of temporary files."""
-    return list(Path("/tmp").glob(f"slimtune*-{number}"))
+    return list(Path("/tmp").glob(f"slimtune-*-{number}"))

@@ -100,7 +100,11 @@ run_study() {
     if [[ $SLURM_ARRAY_TASK_ID ]]; then
         overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir/seed-$SLURM_ARRAY_TASK_ID")
     fi
-    [[ -z $ray ]] || overrides+=(resources.engine=ray "resources.address=$head:$port")
+    if [[ $ray ]]; then
+        overrides+=(resources.engine=ray "resources.address=$head:$port")
+    else
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}" # the node may have more
+    fi
     set -m
     in_environment "$python" -m orchestrator.cli run "$recipe" "${overrides[@]}" &
     driver=$!

@@ -15,7 +15,9 @@ from orchestrator.problems import raise_if
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.trial import BadInput
 
-TEMPLATE = Path(__file__).with_name("slurm.sh")  # cluster/slurm/study.sh, wherever this is installed
+TEMPLATE = Path(__file__).with_name(
+    "slurm.sh"
+)  # cluster/slurm/study.sh, wherever this is installed
 MARKS = ("# @sbatch", "# @study")
 WARNING_S = 120  # seconds before its time limit in which a study ends cleanly
 
@@ -75,9 +77,7 @@ def _flags(recipe: Recipe, job: Job) -> list[list[str]]:
     return [line for line in flags if line]
 
 
-def _settings(
-    recipe: Recipe, path: Path, overrides: Sequence[str], *, use_ray: bool
-) -> list[str]:
+def _settings(recipe: Recipe, path: Path, overrides: Sequence[str], *, use_ray: bool) -> list[str]:
     """The study as variables of the shell."""
     return [
         f"python={shlex.quote(sys.executable)}",
