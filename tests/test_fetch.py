@@ -122,13 +122,18 @@ def test_a_folder_gets_a_copy_of_what_lies_here(sources: dict[str, Path], tmp_pa
     done = slimtune("fetch", recipe, "--to", uri, "--json", HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert set(fetched_items(told)) == {"model tiny", "data"} and told["file"] == f"{uri}/fetched.json"
+    assert (
+        set(fetched_items(told)) == {"model tiny", "data"} and told["file"] == f"{uri}/fetched.json"
+    )
     words = dict(word.split("=", 1) for word in shlex.split(told["command"]) if "=" in word)
     assert words["HF_HOME"] == "store/huggingface"  # where the store was copied to
     model, data = (tmp_path / words[key] for key in ("model.0.name", "task.data"))
     assert (model / "config.json").is_file()
     assert data.read_bytes() == (sources["dataset_reviews"] / "train.csv").read_bytes()
-    assert data.with_name("validation.csv").is_file() and (tmp_path / "store" / "fetched.json").is_file()
+    assert (
+        data.with_name("validation.csv").is_file()
+        and (tmp_path / "store" / "fetched.json").is_file()
+    )
 
 
 def test_what_the_hub_does_not_have_is_told_together(tmp_path: Path):
