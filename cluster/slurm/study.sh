@@ -35,15 +35,15 @@ is_open() { (: <"/dev/tcp/$1/$2") 2>/dev/null; }
 # Ray over the job's nodes, on ports and in folders of this job; only its own token opens it.
 start_ray() {
     local nodes="$SLURM_JOB_NUM_NODES" functions waiting
-    port=$((10000 + SLURM_JOB_ID % 10000))
-    while is_open localhost "$port"; do port=$((port + 1)); done
     head="$(address)"
+    port=$((10000 + SLURM_JOB_ID % 10000))
+    while is_open "$head" "$port"; do port=$((port + 1)); done
     ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
     export python port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
-        --kill-on-bad-exit=0 --wait=0 bash -c "$functions; ray_node" </dev/null &
+        --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
     ray=$!
     timeout "$start_s" bash -c "$functions; wait_for_nodes" &
     waiting=$!
@@ -64,6 +64,9 @@ ray_node() {
     if [[ $SLURM_PROCID == 0 ]]; then
         printf '%s\n' "$SLURM_STEP_ID" >"$TMPDIR/step"
         options=(--head --port="$port" --include-dashboard=false --temp-dir="$ray_folder")
+        if in_environment "$python" -c 'import grpc' 2>/dev/null; then # Ray's own client is served
+            options+=(--ray-client-server-port="$((port + 10000))")
+        fi
     else
         until is_open "$head" "$port"; do sleep 0.5; done
         options=(--address="$head:$port")
@@ -76,7 +79,7 @@ ray_node() {
     ray=$!
     wait "$ray"
     cat -- "$log" >&2 # it has ended by itself
-    return 1
+    return "$((SLURM_PROCID == 0))" # without the head the others end too
 }
 
 end_node() {
@@ -116,7 +119,7 @@ run_study() {
 # Before the time limit: what Ctrl-C does, after which the same command goes on.
 stop_study() {
     out_of_time=true
-    [[ -z $driver ]] || kill -INT -- "-$driver"
+    [[ -z $driver ]] || kill -INT -- "-$driver" 2>/dev/null
 }
 
 # Ends what this job has started, and nothing else.
@@ -140,7 +143,7 @@ trap end EXIT
 prepare
 export TMPDIR="$(scratch)/slimtune-job-$SLURM_JOB_ID"
 mkdir -p -- "$TMPDIR"
-if [[ $use_ray == false ]] || start_ray; then
+if { [[ $use_ray == false ]] || start_ray; } && [[ -z $out_of_time ]]; then
     run_study
     status=$?
 fi
