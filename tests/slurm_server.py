@@ -44,6 +44,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+FirstJobId={first}
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -139,8 +140,11 @@ def configure(folder: Path) -> Path:
     (folder / "munge.key").chmod(0o600)
     path = folder / "slurm.conf"
     names = ",".join(NODES)
+    first = free_port()  # folders and ports of jobs go by their numbers; another Slurm may be here
     settings = {"host": host, "port": free_port(), "user": getuser(), "folder": folder}
-    path.write_text(CONFIGURATION.format(nodes="\n".join(nodes), names=names, **settings))
+    path.write_text(
+        CONFIGURATION.format(nodes="\n".join(nodes), names=names, first=first, **settings)
+    )
     return path
 
 
