@@ -7,10 +7,11 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +42,10 @@ class Item:
     pin: str | None = None
     revision: str | None = None
 
+    def told(self, revision: str | None) -> Json:
+        shown = {"what": self.what, "key": self.key, "name": self.name, "is_here": self.is_here}
+        return {**shown, "revision": revision}
+
     def commit(self) -> str:
         return hub.commit_of(self.name, kind=self.kind, revision=self.revision, what=self.key)
 
@@ -51,8 +56,10 @@ def fetch(path: Path, overrides: Sequence[str] = (), *, to: str | None = None) -
     It comes into the hub's caches; or into the folder or URI `to`, and with it a copy of what lies
     on this machine. Raises `BadInput` for whatever a study would refuse.
     """
-    if to is None or "://" not in to:
-        return _fetch(path, overrides, None if to is None else Path(to), named=to)
+    if to is None:
+        return _fetch(path, overrides, None, named=None)
+    if "://" not in to:
+        return _fetch(path, overrides, Path(to), named=str(Path(to).absolute()))
     with tempfile.TemporaryDirectory() as folder:
         told = _fetch(path, overrides, Path(folder), named=Path(to).name)
         _upload(Path(folder), to)
@@ -60,7 +67,7 @@ def fetch(path: Path, overrides: Sequence[str] = (), *, to: str | None = None) -
 
 
 def _fetch(path: Path, overrides: Sequence[str], folder: Path | None, *, named: str | None) -> Json:
-    """Fetch into a folder that will be known as `named`, or into the caches."""
+    """Fetch into a folder that will be read as `named`, or into the caches."""
     recipe = load_recipe(path, overrides)
     items = list(_items(recipe, is_list=isinstance(read(path)[1].get("model"), list)))
     commits = _commits(items)
@@ -74,7 +81,7 @@ def _fetch(path: Path, overrides: Sequence[str], folder: Path | None, *, named: 
         "schema": 1,
         "slimtune": __version__,
         "study": recipe.name,
-        "items": [asdict(item) | {"revision": commits.get(item.key)} for item in items],
+        "items": [item.told(commits.get(item.key)) for item in items],
         "num_rows": facts["num_rows"],
         "models": {name: model["source"] for name, model in facts["models"].items()},
         "command": shlex.join(["env", *_arguments(environment), "slimtune", "run", *arguments]),
@@ -161,13 +168,13 @@ def _upload(folder: Path, uri: str) -> None:
             raise BadInput([f"--to: {uri} cannot be written: {error}."]) from error
 
 
-def fetched_table(told: Json) -> Table:
+def fetched_table(told: Json) -> RenderableType:
     """What `fetch` returns, for people."""
     rows = ", ".join(f"{count:,} {split}" for split, count in told["num_rows"].items())
-    table = Table(title=f"{told['study']}: {rows} rows", title_justify="left", box=None)
+    table = Table(box=None)
     for name in ("", "name", "revision"):
         table.add_column(name, header_style="dim", overflow="fold")
     for item in told["items"]:
         here = "on this machine" if item["is_here"] else item["revision"]
         table.add_row(item["what"], Text(item["name"]), here)
-    return table
+    return Group(f"{told['study']}: rows of {rows}", table)

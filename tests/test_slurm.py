@@ -65,7 +65,8 @@ def test_the_printed_script_is_the_template_with_the_study_in_it(slimtune: Here,
     told = [line for line in lines if line.startswith("#SBATCH")]
     assert "#SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8" in told
     assert told[-1] == "#SBATCH -p 'big one' --time=1:00:00"
-    assert f"recipe={recipe}" in lines and "overrides=(seed=3)" in lines and "use_ray=true" in lines
+    assert f"recipe={recipe}" in lines and "use_ray=true" in lines
+    assert "overrides=(seed=3 resources.engine=ray)" in lines
     marks = ("# @sbatch", "# @study")
     assert [line for line in TEMPLATE.read_text().splitlines() if line not in marks] == [
         line for line in lines if line not in told and not line.startswith(SETTINGS)

@@ -104,7 +104,7 @@ run_study() {
         overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir/seed-$SLURM_ARRAY_TASK_ID")
     fi
     if [[ $ray ]]; then
-        overrides+=(resources.engine=ray "resources.address=$head:$port")
+        overrides+=("resources.address=$head:$port")
     else
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}" # the node may have more
     fi

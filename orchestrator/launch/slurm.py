@@ -15,9 +15,7 @@ from orchestrator.problems import raise_if
 from orchestrator.recipe import Recipe, load_recipe
 from orchestrator.trial import BadInput
 
-TEMPLATE = Path(__file__).with_name(
-    "slurm.sh"
-)  # cluster/slurm/study.sh, wherever this is installed
+TEMPLATE = Path(__file__).with_name("slurm.sh")  # a link to cluster/slurm/study.sh in a clone
 MARKS = ("# @sbatch", "# @study")
 WARNING_S = 120  # seconds before its time limit in which a study ends cleanly
 
@@ -53,16 +51,14 @@ def batch_script(
     recipe: Path, overrides: Sequence[str], job: Job, *, template: Path = TEMPLATE
 ) -> str:
     """The batch script that runs a recipe. Raises `BadInput`, also for what the recipe does not allow."""
-    engine = [] if job.use_ray else ["resources.engine=inline"]
-    loaded = load_recipe(recipe, [*overrides, *engine])
-    lines = {
+    overrides = [*overrides, f"resources.engine={'ray' if job.use_ray else 'inline'}"]
+    loaded = load_recipe(recipe, overrides)
+    filled = {
         "# @sbatch": [f"#SBATCH {shlex.join(flags)}" for flags in _flags(loaded, job)],
-        "# @study": _settings(loaded, recipe, [*overrides, *engine], use_ray=job.use_ray),
+        "# @study": _settings(loaded, recipe, overrides, use_ray=job.use_ray),
     }
-    return "".join(
-        "".join(f"{line}\n" for line in lines.get(text.strip(), [text.rstrip("\n")]))
-        for text in _read(template)
-    )
+    lines = [line for text in _read(template) for line in filled.get(text.strip(), [text])]
+    return "\n".join([*lines, ""])
 
 
 def _flags(recipe: Recipe, job: Job) -> list[list[str]]:
