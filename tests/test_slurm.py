@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_study
+import yaml
 from conftest import Ended, Here
 from slurm_server import Slurm, processes_of, slurm_of_ones_own, until  # noqa: F401
 
@@ -171,11 +172,15 @@ def test_a_cancelled_job_leaves_nothing_and_its_neighbour_alone(
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
-    slurm: Slurm, slimtune: Here, tmp_path: Path
+    slurm: Slurm, slimtune: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     rates = [rate * 1e-5 for rate in range(1, 13)]
     space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
-    recipe = write(tmp_path, "long", space=space)
+    recipe = write(tmp_path, "long", space=space, allow_code=True)
+    written = yaml.safe_load(recipe.read_text())
+    written["task"]["name"] = "slow_task:SlowAtFirst"
+    recipe.write_text(yaml.safe_dump(written))
     number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
     until(lambda: len(happened(recipe, "finished")) > 1, what="the first trial")
     slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)  # not a minute ahead of it
