@@ -175,7 +175,7 @@ def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
     slurm: Slurm, slimtune: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
-    rates = [rate * 1e-5 for rate in range(1, 13)]
+    rates = [rate * 1e-5 for rate in range(1, 10)]
     space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
     recipe = write(tmp_path, "long", space=space, allow_code=True)
     written = yaml.safe_load(recipe.read_text())
