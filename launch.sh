@@ -15,8 +15,11 @@ usage: ./launch.sh [--no-venv] [VERB …]
   ./launch.sh test [--system] [pytest …]    install what the tests need and run them; --system also
                                             installs chromium, slurm, postgresql and redis with
                                             apt-get where it can (as root)
+  ./launch.sh slurm RECIPE [key.path=value …] --nodes 4 --gpus-per-node 8 [-- SBATCH-FLAG …]
+                                            run a study as a job of Slurm
   ./launch.sh VERB …                        any other verb goes to slimtune: plan, status, front,
-                                            select, export, measure, report, doctor, submit, job
+                                            select, export, measure, report, fetch, doctor, submit,
+                                            job
   ./launch.sh --help                        this text
 
   --no-venv   use the active environment as it is and install nothing

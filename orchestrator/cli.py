@@ -1,4 +1,4 @@
-"""The command: plan · run · status · front · select · export · measure · report."""
+"""The command: plan · run · status · front · select · export · measure · report · fetch · slurm."""
 
 from __future__ import annotations
 
@@ -461,6 +461,64 @@ def report(study: StudyPath, as_json: AsJson = False) -> None:
     read_front(study)
     path = write_report(study)
     _print_json({"report": str(path)}) if as_json else out.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    to: Annotated[
+        str | None,
+        typer.Option(help="A folder or URI that gets it all. Default: the hub's own caches."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring models, tokenizers and data here, once and pinned, for machines that see no network."""
+    from orchestrator.fetch import fetch as bring
+    from orchestrator.fetch import fetched_table
+
+    told = bring(recipe, overrides or [], to=to)
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(fetched_table(told))
+        out.print(
+            f"{told['file']} says the same. Without network:", highlight=False, soft_wrap=True
+        )
+        print(f"  {told['command']}")
+
+
+@app.command()
+def slurm(
+    recipe: RecipePath,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="key.path=value …, then after `--` further flags of sbatch."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="Machines of the job.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each.")] = 0,
+    no_ray: Annotated[
+        bool, typer.Option("--no-ray", help="On one node, one trial after another, without Ray.")
+    ] = False,
+    template: Annotated[
+        Path | None, typer.Option(help="The site's copy of cluster/slurm/study.sh.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--print", help="Print the script; submit nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the study as a job of Slurm; with --array=0-4 among its flags once for each of these seeds."""
+    from orchestrator.launch.slurm import TEMPLATE, Job, batch_script, parted, submit
+
+    overrides, flags = parted(arguments or [])
+    job = Job(num_nodes=nodes, gpus_per_node=gpus_per_node, use_ray=not no_ray, flags=flags)
+    script = batch_script(recipe, overrides, job, template=template or TEMPLATE)
+    number = None if show else submit(script)
+    if as_json:
+        _print_json({"job_id": number, "script": script})
+    else:
+        print(script if number is None else f"Submitted job {number}.", end="" if show else "\n")
 
 
 if __name__ == "__main__":

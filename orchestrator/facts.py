@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,14 @@ def facts_of(recipe: Recipe) -> Json:
     return facts
 
 
-def ask_worker(recipe: Recipe) -> Json:
+def ask_worker(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Json:
     """Load data and base models in a process of their own and describe them."""
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.bench"],
         input=json.dumps(recipe.resolved()),
         capture_output=True,
         text=True,
+        env={**os.environ, **(environment or {})},
     )
     if done.returncode:
         raise RuntimeError(f"reading data and models failed:\n{done.stderr.strip()[-2000:]}")

@@ -35,7 +35,18 @@ from orchestrator.trial import (
 )
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VERBS = ("plan", "run", "status", "front", "select", "export", "measure", "report")
+VERBS = (
+    "plan",
+    "run",
+    "status",
+    "front",
+    "select",
+    "export",
+    "measure",
+    "report",
+    "fetch",
+    "slurm",
+)
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx", "datasets", "optuna", "jinja2")
 ALONE: dict[str, Any] = {
     "references": {"dense_int8": False, "first_layers": [], "random_twin": False}

@@ -26,7 +26,7 @@ PLUGINS = (
     "measure",
     "strategies",
 )
-DRIVER = ("cli", "study", "ledger", "search", "early_stopping", "launch", "report")
+DRIVER = ("cli", "fetch", "study", "ledger", "search", "early_stopping", "launch", "report")
 WORKER = (
     "gang",
     "run_trial",

@@ -80,7 +80,8 @@ def clone(tmp_path: Path) -> Clone:
 def test_help_says_every_form_and_installs_nothing(clone):
     done = clone.launch("--help")
     assert done.returncode == 0
-    for form in ("run RECIPE", "test [--system]", "--no-venv", "PIP_EXTRA_INDEX_URL", "VERB"):
+    forms = ("run RECIPE", "slurm RECIPE", "test [--system]", "--no-venv", "VERB")
+    for form in (*forms, "PIP_EXTRA_INDEX_URL"):
         assert form in done.stdout
     assert clone.log.read_text() == "" and not (clone.root / ".venv").exists()
 

@@ -401,7 +401,7 @@ def test_hub_data_give_class_names_and_hide_no_labels(tmp_path, monkeypatch):
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
     )
 
-    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, *, split: str, revision: None) -> datasets.Dataset:
         labels = [-1] * 30 if split == "test" else [number % 2 for number in range(30)]
         rows = {"sentence": sentences(30, seed=len(split)), "label": labels}
         return datasets.Dataset.from_dict(rows, features=features)

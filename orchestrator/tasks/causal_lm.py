@@ -54,7 +54,7 @@ class Document:
 
 
 class CausalLm(Frozen):
-    """`data` is "python_stdlib", a text file, a folder of *.txt, a table or a hub data set.
+    """`data` is "python_stdlib", a text file, a folder of *.txt, a table or a hub data set (at `data_revision`).
 
     "python_stdlib" are the sources of this interpreter's standard library. Several files are
     shared out whole, by the hash of their paths; one text is cut into its first 80 %, the next
@@ -71,6 +71,7 @@ class CausalLm(Frozen):
     name: Literal["causal_lm"] = "causal_lm"
     data: str
     data_config: str | None = None
+    data_revision: str | None = None
     train: str | None = None
     validation: str | None = None
     test: str | None = None
@@ -201,7 +202,13 @@ class CausalLm(Frozen):
         if self.data == PYTHON_STDLIB:
             return {"train": self._read_files(stdlib_files(), stdlib_folder())}
         if not is_local(self.data):
-            tables = read_splits(self.data, problems, names=names, data_config=self.data_config)
+            tables = read_splits(
+                self.data,
+                problems,
+                names=names,
+                data_config=self.data_config,
+                data_revision=self.data_revision,
+            )
             return collect(tables, self._documents, problems)
         if (root := local_path(self.data, problems)) is None:
             return {}

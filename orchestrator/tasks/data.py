@@ -68,6 +68,7 @@ def read_splits(
     *,
     names: Mapping[Split, str | None],
     data_config: str | None = None,
+    data_revision: str | None = None,
     columns: Sequence[str] | None = None,
 ) -> dict[Split, Table]:
     """The named splits of a file, a folder or a hub data set; what cannot be read joins `problems`.
@@ -79,7 +80,7 @@ def read_splits(
     if not is_local(data):
         wanted = {split: name or "train" for split, name in names.items()}
         problems += shared_sources(wanted)
-        return collect(wanted, partial(_read_hub, data, data_config), problems)
+        return collect(wanted, partial(_read_hub, data, data_config, data_revision), problems)
     if (root := local_path(data, problems)) is None:
         return {}
     pairs = {split: (split, name) for split, name in names.items()}
@@ -279,13 +280,13 @@ def _read_parquet(path: Path) -> Table:
     return Table(name=str(path), columns=table.to_pydict())
 
 
-def _read_hub(data: str, data_config: str | None, split: str) -> Table:
+def _read_hub(data: str, data_config: str | None, revision: str | None, split: str) -> Table:
     """A hub split; class labels come as their names, -1 (a hidden label) as no value."""
     import datasets
 
     reachable = hub.is_reachable()
     try:
-        rows = datasets.load_dataset(data, data_config, split=split)
+        rows = datasets.load_dataset(data, data_config, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         why = f"the hub does not give it: {reason}" if reachable else "the hub cannot be reached"

@@ -54,7 +54,7 @@ class Labelled:
 
 
 class TextClassification(Frozen):
-    """`data` is a file, a folder or a hub data set; `train`, `validation` and `test` name its parts.
+    """`data` is a file, a folder or a hub data set (at `data_revision`); `train`, `validation` and `test` name its parts.
 
     A part that is not named is cut off train, by class and seeded, and never used for another
     purpose. `columns` names the columns of files that have no header. `label_map` gives labels
@@ -70,6 +70,7 @@ class TextClassification(Frozen):
     name: Literal["text_classification"] = "text_classification"
     data: str
     data_config: str | None = None
+    data_revision: str | None = None
     train: str | None = None
     validation: str | None = None
     test: str | None = None
@@ -102,6 +103,7 @@ class TextClassification(Frozen):
             problems,
             names={"train": self.train, "validation": self.validation, "test": self.test},
             data_config=self.data_config,
+            data_revision=self.data_revision,
             columns=self.columns,
         )
         for split, table in tables.items():

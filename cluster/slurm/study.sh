@@ -1,0 +1,154 @@
+#!/usr/bin/env bash
+# A study as one Slurm job. `slimtune slurm` fills in the two lines `# @…` and submits the script;
+# what differs between sites stands first, and `--template FILE` names an edited copy.
+# @sbatch
+# @study
+
+# -- the site --------------------------------------------------------------------------------------
+
+# Runs on every node before anything else.
+prepare() {
+    : # module load cuda; export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1
+}
+
+# How each command of the study is run. In a container set `python` to the interpreter inside.
+in_environment() {
+    "$@" # apptainer exec --nv --bind "$PWD" /shared/slimtune.sif "$@"
+}
+
+# A folder of each node for temporary files.
+scratch() {
+    printf '%s\n' "${SLURM_TMPDIR:-/tmp}"
+}
+
+# The address by which the other nodes reach this one.
+address() {
+    in_environment "$python" -c 'import ray; print(ray.util.get_node_ip_address())'
+}
+
+start_s=300 # seconds in which all nodes have to join
+
+# -- the same everywhere ---------------------------------------------------------------------------
+
+is_open() { (: <"/dev/tcp/$1/$2") 2>/dev/null; }
+
+# Ray over the job's nodes, on ports and in folders of this job; only its own token opens it.
+start_ray() {
+    local nodes="$SLURM_JOB_NUM_NODES" functions waiting
+    head="$(address)"
+    port=$((10000 + SLURM_JOB_ID % 10000))
+    while is_open "$head" "$port"; do port=$((port + 1)); done
+    ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
+    export python port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
+    functions="$(declare -f)"
+    srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+        --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
+    ray=$!
+    timeout "$start_s" bash -c "$functions; wait_for_nodes" &
+    waiting=$!
+    wait -n "$ray" "$waiting" && return
+    kill "$waiting" 2>/dev/null
+    [[ $out_of_time ]] || printf 'slurm: not all %s nodes have joined Ray\n' "$nodes" >&2
+    return 1
+}
+
+# One node's part of Ray, until its step is told to end; then nothing of it is left.
+ray_node() {
+    local log="$TMPDIR/ray-$SLURM_PROCID.txt" options
+    ray=
+    trap 'exit 0' TERM
+    trap end_node EXIT
+    prepare
+    mkdir -p -- "$TMPDIR"
+    if [[ $SLURM_PROCID == 0 ]]; then
+        printf '%s\n' "$SLURM_STEP_ID" >"$TMPDIR/step"
+        options=(--head --port="$port" --include-dashboard=false --temp-dir="$ray_folder")
+        if in_environment "$python" -c 'import grpc' 2>/dev/null; then # Ray's own client is served
+            options+=(--ray-client-server-port="$((port + 10000))")
+        fi
+    else
+        until is_open "$head" "$port"; do sleep 0.5; done
+        options=(--address="$head:$port")
+    fi
+    options+=(--node-ip-address="$(address)" --min-worker-port=0 --max-worker-port=0
+        --dashboard-agent-listen-port=0 --disable-usage-stats
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
+    set -m # a process group of its own
+    in_environment "$python" -m ray.scripts.scripts start "${options[@]}" --block >"$log" 2>&1 &
+    ray=$!
+    wait "$ray"
+    cat -- "$log" >&2 # it has ended by itself
+    return "$((SLURM_PROCID == 0))" # without the head the others end too
+}
+
+end_node() {
+    [[ -z $ray ]] || kill -KILL -- "-$ray"
+    wait
+    rm -rf -- "$TMPDIR" "$ray_folder"
+} 2>/dev/null
+
+wait_for_nodes() {
+    until is_open "$head" "$port"; do sleep 0.5; done
+    in_environment "$python" -c '
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
+    time.sleep(0.5)
+' "$head:$port" "$SLURM_JOB_NUM_NODES"
+}
+
+# The study's own command, and its exit status. In a group of its own it hears INT like a terminal's.
+run_study() {
+    if [[ $SLURM_ARRAY_TASK_ID ]]; then
+        overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir/seed-$SLURM_ARRAY_TASK_ID")
+    fi
+    if [[ $ray ]]; then
+        overrides+=("resources.address=$head:$port")
+    else
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SLURM_CPUS_ON_NODE}" # the node may have more
+    fi
+    set -m
+    in_environment "$python" -m orchestrator.cli run "$recipe" "${overrides[@]}" &
+    driver=$!
+    set +m
+    while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done # signals interrupt it
+    wait "$driver"
+}
+
+# Before the time limit: what Ctrl-C does, after which the same command goes on.
+stop_study() {
+    out_of_time=true
+    [[ -z $driver ]] || kill -INT -- "-$driver" 2>/dev/null
+}
+
+# Ends what this job has started, and nothing else.
+end() {
+    local step
+    trap '' TERM USR1
+    trap - EXIT
+    [[ -z $driver ]] || kill -KILL -- "-$driver" 2>/dev/null
+    if [[ $ray ]]; then
+        step="$(cat -- "$TMPDIR/step" 2>/dev/null)"
+        if [[ $step ]]; then scancel --signal=TERM "$SLURM_JOB_ID.$step"; else kill "$ray"; fi
+        wait "$ray"
+    fi
+    rm -rf -- "$TMPDIR"
+} 2>/dev/null
+
+driver='' ray='' out_of_time='' status=1
+trap stop_study USR1
+trap 'exit 143' TERM
+trap end EXIT
+prepare
+export TMPDIR="$(scratch)/slimtune-job-$SLURM_JOB_ID"
+mkdir -p -- "$TMPDIR"
+if { [[ $use_ray == false ]] || start_ray; } && [[ -z $out_of_time ]]; then
+    run_study
+    status=$?
+fi
+end
+if [[ $out_of_time && ($status == 130 || -z $driver) ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
