@@ -1,22 +1,19 @@
-"""A step of the recipe of chaos.py that takes its time, as training on a GPU would."""
+"""A method of the recipe of chaos.py that takes its time, as training on a GPU would."""
 
 from __future__ import annotations
 
+import os
 import time
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from orchestrator.prune.none import NoPruning
+from orchestrator.prune.none import NoPruning, Untouched
 
 
 class Slow(NoPruning):
-    """Prunes nothing, and holds its worker for some seconds."""
+    """Prunes nothing, and holds its worker for CHAOS_HOLD_S seconds."""
 
     method: Literal["chaos_parts:Slow"] = "chaos_parts:Slow"
-    seconds: float = Field(5.0, ge=0)
-    number: int = 0
 
-    def start(self, model, context):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
-        time.sleep(self.seconds)
+    def start(self, model: Any, context: Any) -> Untouched:
+        time.sleep(float(os.environ.get("CHAOS_HOLD_S", "0")))
         return super().start(model, context)

@@ -40,7 +40,9 @@ def compare(disturbed: Path, undisturbed: Path) -> dict[str, int]:
         "missing": len(wanted - results.keys()),
         "counted_twice": sum(count > 1 for count in completed.values()),
         "unexpected": len(results.keys() - wanted),
-        "different": sum(not _alike(results[key], expected[key]) for key in results.keys() & wanted),
+        "different": sum(
+            not _alike(results[key], expected[key]) for key in results.keys() & wanted
+        ),
         "bad_hashes": sum(map(_is_damaged, disturbed.glob("trials/*/artifact"))),
     }
 

@@ -155,9 +155,10 @@ class Hosts:
 
     def power_off(self, number: int) -> None:
         """At once: no process gets to say anything, and no connection is closed."""
-        self.cut(number)
+        self._at_switch(
+            "ip", "link", "delete", f"host{number}"
+        )  # else the kernel does it, some day
         self._kill(number)
-        self._at_switch("ip", "link", "delete", f"host{number}")
 
     def cut(self, number: int) -> None:
         """The link of a host, which stays on: nothing comes through."""
@@ -218,23 +219,33 @@ class Hosts:
     def ray_address(self) -> str:
         return f"{self.address(1)}:{RAY_PORT}"
 
-    def start_ray(self, *numbers: int, num_cpus: int = 1, dashboard: bool = False) -> None:
-        """A node of Ray on each of these hosts, or on all; host 1 has the head, which comes first."""
+    def start_ray(
+        self, *numbers: int, num_cpus: int = 1, dashboard: bool = False, **settings: str
+    ) -> None:
+        """A node of Ray on each of these hosts, or on all; host 1 has the head, which comes first.
+
+        `settings` are those of its processes, and of workers that it starts.
+        """
         with_head = ["--head", f"--port={RAY_PORT}", f"--include-dashboard={dashboard}"]
         with_head += [f"--dashboard-host={self.address(1)}", f"--dashboard-port={DASHBOARD_PORT}"]
         numbers = numbers or tuple(self.numbers)
         for head in (True, False):
             options = with_head if head else [f"--address={self.ray_address}"]
             options = [*options, f"--num-cpus={num_cpus}", "--object-store-memory=80000000"]
-            started = {n: self._start_ray(n, options) for n in numbers if (n == 1) is head}
+            started = {
+                n: self._start_ray(n, options, settings) for n in numbers if (n == 1) is head
+            }
             for number, process in started.items():
                 if process.wait(timeout=120):
                     said = (self.folder / f"host{number}.log").read_text()
                     raise RuntimeError(f"Ray does not start on host {number}: {said[-2000:]}")
 
-    def _start_ray(self, number: int, options: Sequence[str]) -> subprocess.Popen[bytes]:
+    def _start_ray(
+        self, number: int, options: Sequence[str], settings: dict[str, str]
+    ) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options]
-        return self.start(number, [*command, f"--node-ip-address={self.address(number)}"])
+        own_address = f"--node-ip-address={self.address(number)}"
+        return self.start(number, [*command, own_address], **settings)
 
 
 def environment(**settings: str) -> dict[str, str]:

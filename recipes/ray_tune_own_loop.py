@@ -39,7 +39,7 @@ def train(config, num_steps=120):
 
 
 param_space = {
-    "learning_rate": tune.loguniform(1e-3, 1e-2),
+    "learning_rate": tune.loguniform(1e-3, 5e-3),
     "prune": tune.grid_search(["none", {"method": "structured", "neurons": 0.5}]),  # +
     "quantize": tune.choice(["none", "W8A8"]),  # +
 }

@@ -41,9 +41,9 @@ def main(folder: Path) -> None:
     sections["model"]["config"] |= LARGER | {"num_hidden_layers": 2}
     recipe = make_recipe(sections)
     bench = Bench(recipe, folder / "study", device="cpu")
-    join_ranks("cpu")
+    join_ranks("cpu", folder, timeout_s=600)
     clean, said = Clean(), []
-    clean.keeps_group = True
+    clean.keep_group()
 
     def look() -> None:
         clean.restore()
@@ -76,7 +76,7 @@ def lead(bench: Bench, look: Any) -> list[float]:
 def alive() -> dict[str, int]:
     """What holds weights or their state, by the name of its class; rank 0 keeps the base model."""
     kinds = (torch.nn.Module, torch.optim.Optimizer, Accelerator)
-    found = Counter(type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds))
+    found = Counter(type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kinds))
     wanted = ("Bert", "FSDP", "DeepSpeed", "AdamW", "Accelerat", "Distributed")
     return {name: count for name, count in found.items() if name.startswith(wanted)}
 

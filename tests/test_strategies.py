@@ -100,7 +100,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "size"),
-    [("ddp", 2), ("ddp", 3), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("zero3", 1)],
+    [("ddp", 3), ("zero2", 2), ("zero3", 2), ("fsdp2", 2)],
 )
 def test_every_compression_comes_to_the_same_under_every_strategy(
     alone: dict[str, Any], tmp_path: Path, strategy: str, size: int
@@ -144,7 +144,7 @@ def test_twenty_trainings_in_turn_leave_nothing_on_any_rank(tmp_path: Path) -> N
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"torch.compile needs {MISSING}")
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
 def test_compiled_layers_come_to_the_same_under_every_strategy(
     alone: dict[str, Any], tmp_path: Path, strategy: str
 ) -> None:
@@ -163,7 +163,6 @@ def test_compiled_layers_come_to_the_same_under_every_strategy(
     [
         ("gradual, by Taylor", ("zero3", 2), ("single", 1)),
         ("W8A8 QAT", ("zero3", 2), ("fsdp2", 2)),
-        ("gradual units", ("zero2", 2), ("ddp", 2)),
         ("masks", ("single", 1), ("zero3", 2)),
         ("all", ("fsdp2", 2), ("zero1", 2)),
         ("accumulated", ("zero1", 2), ("zero1", 3)),

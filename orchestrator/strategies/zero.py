@@ -187,7 +187,8 @@ def _forget_engines() -> None:
 
     parameter_offload.FWD_MODULE_STACK.clear()
     for found in gc.get_objects():
-        if isinstance(found, _lru_cache_wrapper) and found.__module__.startswith("deepspeed."):
+        # `isinstance` would ask a proxy for what is gone.
+        if type(found) is _lru_cache_wrapper and found.__module__.startswith("deepspeed."):
             found.cache_clear()
 
 
