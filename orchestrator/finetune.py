@@ -132,8 +132,6 @@ def finetune(
     import torch
     from accelerate.utils import set_seed
 
-    from orchestrator.prune.tree import layers_of
-
     distillation = options.distillation
     assert (teacher is None) == (distillation is None), "distillation needs a teacher"
     assert (hidden is None) == (distillation is None or distillation.hidden == 0)
@@ -167,15 +165,7 @@ def finetune(
     model.train()
     for callback in on_step:
         callback(begin, num_steps)
-    with (
-        frozen(model, options.freeze),
-        dropout_at(options.dropout, model),
-        unwrapped(model),
-        recomputed(model, options.gradient_checkpointing),
-        compiled(layers_of(model) if options.torch_compile else []),
-        hidden or nullcontext(),
-        counted_together(model, hidden, ranks if splits_batches(accumulation, ranks) else Ranks()),
-    ):
+    with as_it_trains(model, options, hidden, ranks):
         wrapped = strategy.wrap(model, make_optimizer(model, options), plan)
         accelerator, trained, optimizer = wrapped.accelerator, wrapped.model, wrapped.optimizer
         set_seed(seed + ranks.rank)  # each rank drops out other units
@@ -326,6 +316,26 @@ def make_optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Op
         betas=(options.adam_beta1, options.adam_beta2),
         fused=True,
     )
+
+
+@contextmanager
+def as_it_trains(
+    model: nn.Module, options: FinetuneOptions, hidden: HiddenDistance | None, ranks: Ranks
+) -> Iterator[None]:
+    """All that the options change of a model for as long as it trains, undone at the end."""
+    from orchestrator.prune.tree import layers_of
+
+    shares = splits_batches(options.gradient_accumulation_steps, ranks)
+    with (
+        frozen(model, options.freeze),
+        dropout_at(options.dropout, model),
+        unwrapped(model),
+        recomputed(model, options.gradient_checkpointing),
+        compiled(layers_of(model) if options.torch_compile else []),
+        hidden or nullcontext(),
+        counted_together(model, hidden, ranks if shares else Ranks()),
+    ):
+        yield
 
 
 @contextmanager
