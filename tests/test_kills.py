@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,16 @@ def kill_driver(driver: subprocess.Popen[bytes]) -> None:
 
 def kill_worker(driver: subprocess.Popen[bytes]) -> None:
     """One worker of a gang, if there is one by now."""
-    family = psutil.Process(driver.pid).children(recursive=True)
-    workers = [p for p in family if "RayWorker" in "".join(p.cmdline())]
+    workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if is_worker(p)]
     if workers:
         os.kill(random.choice(workers).pid, signal.SIGKILL)
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Of a gang; false for one that is gone already."""
+    with suppress(psutil.NoSuchProcess):  # a zombie is one too
+        return "RayWorker" in "".join(process.cmdline())
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +216,7 @@ def test_gangs_of_one_and_of_two_survive_kills_and_hangs(tmp_path):
             break
         family = psutil.Process(driver.pid).children(recursive=True)
         seen |= {process.pid for process in family}
-        workers = [p for p in family if "RayWorker" in "".join(p.cmdline())]
+        workers = [process for process in family if is_worker(process)]
         if workers:
             sent = signal.SIGSTOP if number == 2 else signal.SIGKILL
             os.kill(rng.choice(workers).pid, sent)

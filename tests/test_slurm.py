@@ -162,7 +162,7 @@ def test_a_cancelled_job_leaves_nothing_and_its_neighbour_alone(
     assert processes_of(cancelled)
     slurm.cancel(cancelled)
     until(lambda: not processes_of(cancelled), what="the end of its processes")
-    assert slurm.job(cancelled)["JobState"] == "CANCELLED"
+    until(lambda: slurm.job(cancelled)["JobState"] == "CANCELLED", what="its state")
     assert slurm.status(neighbour) == 0, log(whole)
     assert front(whole.parent / "study")["trials"]["failed"] == 0
     until(lambda: not processes_of(neighbour), what="the end of its processes")

@@ -144,7 +144,7 @@ def test_twenty_trainings_in_turn_leave_nothing_on_any_rank(tmp_path: Path) -> N
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(bool(MISSING), reason=f"torch.compile needs {MISSING}")
-@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["fsdp2"])
 def test_compiled_layers_come_to_the_same_under_every_strategy(
     alone: dict[str, Any], tmp_path: Path, strategy: str
 ) -> None:
@@ -165,7 +165,6 @@ def test_compiled_layers_come_to_the_same_under_every_strategy(
         ("W8A8 QAT", ("zero3", 2), ("fsdp2", 2)),
         ("masks", ("single", 1), ("zero3", 2)),
         ("all", ("fsdp2", 2), ("zero1", 2)),
-        ("accumulated", ("zero1", 2), ("zero1", 3)),
     ],
 )
 def test_an_interrupted_training_goes_on_under_another_strategy_as_if_undisturbed(
