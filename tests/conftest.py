@@ -36,6 +36,17 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of torch come out the same each time."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended, and what it said."""

@@ -19,6 +19,7 @@ from typing import TypeVar
 import psutil
 import pytest
 from servers import free_port
+from waiting import until
 
 NODES = ("node1", "node2")
 STARTS_S = 30
@@ -96,15 +97,6 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {} if gone else process.environ()
     except psutil.Error:
         return {}
-
-
-def until(look: Callable[[], T | None], *, what: str, seconds: float = 300) -> T:
-    """What `look` gives as soon as it gives something."""
-    deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.1)
-    return found
 
 
 def command(*words: str) -> str:

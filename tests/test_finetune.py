@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,12 +37,7 @@ TASK = TextClassification(data="unread")
 PLAIN = FinetuneOptions(bf16=False, learning_rate=1e-3, per_device_train_batch_size=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_bert(seed: int = 0, **changes: Any) -> BertForSequenceClassification:

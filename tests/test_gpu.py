@@ -6,7 +6,6 @@ import copy
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,12 +43,7 @@ TASKS = {
 CASES = ("dense", "masked", "rounded", "taught")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(family: str, *, equal: bool = False) -> Encoded:

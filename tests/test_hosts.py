@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import psutil
 import pytest
 import tiny_study
 from hosts import REPOSITORY, Hosts, environment
+from waiting import until
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
@@ -30,15 +30,6 @@ ROUNDED = {"scheme": "W8A8", "qat": True}
 SAVE_STEPS = 40  # more than the baseline has steps
 NOTICED_S = 10
 PROBE = "import socket, sys; socket.create_connection((sys.argv[1], 22), 2)"
-
-
-def until(happened: Callable[[], Any]) -> Any:
-    """What it says once that is something."""
-    deadline = time.monotonic() + 300
-    while not (said := happened()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
-    return said
 
 
 # -- hosts themselves ----------------------------------------------------------------------------

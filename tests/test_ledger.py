@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from servers import postgresql, postgresql_server  # noqa: F401 (fixtures)
+from waiting import until
 
 from orchestrator import lease
 from orchestrator import ledger as ledgers
@@ -108,13 +109,6 @@ def ledger(where: Path | str) -> Iterator[Ledger]:
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on this process is on another machine, as far as it knows."""
     monkeypatch.setattr(lease, "place", lambda: "another machine")
-
-
-def until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAITS_S
-    while not is_so():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.02)
 
 
 # -- events --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import tiny_study
+from waiting import until
 
 ray = pytest.importorskip("ray")
 
@@ -96,13 +97,6 @@ def result(launcher: ray_gangs.RayGangs, work: Work) -> Any:
     [event] = ended(launcher)
     assert isinstance(event, Done), event
     return event.result
-
-
-def until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:

@@ -6,8 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import tiny_study
 import yaml
 from hosts import DASHBOARD_PORT, Hosts, environment
+from waiting import until
 
 from orchestrator.cli import BAD_INPUT, INTERRUPTED, NO_FRONT, OK
 from orchestrator.status import study_status
@@ -98,14 +98,6 @@ def slimtune(*arguments: object, address: str) -> subprocess.CompletedProcess[st
     """The command, on this machine, which is no node."""
     command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments), "--address", address]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-
-
-def until(happened: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 240
-    while not (said := happened()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.2)
-    return said
 
 
 @cluster

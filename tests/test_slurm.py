@@ -12,7 +12,8 @@ import pytest
 import tiny_study
 import yaml
 from conftest import Ended, Here
-from slurm_server import Slurm, processes_of, slurm_of_ones_own, until  # noqa: F401
+from slurm_server import Slurm, processes_of, slurm_of_ones_own  # noqa: F401
+from waiting import until
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key

@@ -633,8 +633,7 @@ class RayGangs:
         """What became of a gang whose process is gone."""
         assert gang.work
         self._end(gang)
-        is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
-        reason = Reason.OOM if is_full else Reason.ERROR
+        reason = reason_of(error)
         again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
         blame = self._blame(gang) if reason is Reason.ERROR and again else ""
@@ -651,6 +650,12 @@ class RayGangs:
             self._end(idle)
         what = f"{IN_A_ROW} works in a row were lost there, and none elsewhere"
         return f"; {names.get(node, node)} is set aside: {what}"
+
+
+def reason_of(error: RayError) -> Reason:
+    """Whether a process is gone for want of memory, the host's or a device's."""
+    is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
+    return Reason.OOM if is_full else Reason.ERROR
 
 
 def _never_started(error: RayError) -> bool:

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 
 import ray
 from ray import tune
-from ray.exceptions import OutOfMemoryError, RayError
+from ray.exceptions import RayError
 from ray.tune.search import Searcher as TuneSearcher
 
 from orchestrator.artifact import DamagedArtifact, verify
 from orchestrator.facts import facts_of
 from orchestrator.launch.ray_cluster import check_room, gang_shape
-from orchestrator.launch.ray_gangs import why_lost
+from orchestrator.launch.ray_gangs import reason_of, why_lost
 from orchestrator.launch.ray_tune_workers import Workers
 from orchestrator.manifest import check_writable, open_study
 from orchestrator.param_space import configure, in_short
@@ -298,12 +298,11 @@ def _told(result: TrialResult, about: About) -> Json:
 
 def _died(error: RayError, config: TrialConfig) -> TrialResult:
     """What becomes of a trial one of whose processes is gone."""
-    is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
     return TrialResult(
         trial_id=config.id,
         config=config,
         status=TrialStatus.FAILED,
-        reason=Reason.OOM if is_full else Reason.ERROR,
+        reason=reason_of(error),
         message=why_lost(error),
     )
 
