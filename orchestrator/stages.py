@@ -2,7 +2,8 @@
 
 A result is a folder named by the hash of all that went into it. It appears whole or not at all,
 and what is read back is checked against the hashes written with it. Of several workers that want
-the same result one makes it, and the others wait for it.
+the same result one makes it, and the others wait for it. Workers that share no file system find it
+in the study's storage.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.trial import content_hash
 
-SEAL = "stage.json"
+if TYPE_CHECKING:
+    from orchestrator.storage import Storage
+
+Claim = Callable[[str], AbstractContextManager[None]]
+
+SEAL, GOING = "stage.json", ".going-"
 POLL_S = 0.05
 
 
@@ -53,27 +59,53 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     temporary.replace(path)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed workers have left in a folder of stages, but for the checkpoints of
+    trainings that are still to be gone on with."""
+    for left in folder.glob(".*"):
+        name = left.name.removeprefix(GOING)
+        if name == left.name or (folder / name / SEAL).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 class Stages:
     """The folder of stage results of one study (or of several that share it).
 
-    `while_waiting` is called again and again as long as another worker makes what is wanted here.
+    What is made is sent to `storage`, and looked for there. A `claim` on a result's name holds off
+    workers that do not see this folder's locks. `while_waiting` is called again and again as long as
+    another worker makes what is wanted here.
     """
 
-    def __init__(self, folder: Path, *, while_waiting: Callable[[], None] = lambda: None) -> None:
-        self.folder = folder
-        self._while_waiting = while_waiting
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        storage: Storage | None = None,
+        claim: Claim = lambda name: nullcontext(),
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.storage = folder, storage
+        self._claim, self._while_waiting = claim, while_waiting
+        self._elsewhere: dict[str, bytes | None] = {}  # seals of what is in the storage alone
 
     def find(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path | None:
         """The folder of an intact result for these inputs, if there is one."""
         folder = self._folder_of(stage, inputs, version)
-        return folder if self._intact(folder) else None
+        return folder if self._is_there(folder) else None
 
     def each(self, stage: str) -> Iterator[tuple[dict[str, Any], int]]:
         """Inputs and version of every result of a stage; `find` says whether it is intact."""
-        for path in sorted(self.folder.glob(f"{stage}-*/{SEAL}")):
-            with suppress(OSError, ValueError, KeyError):
-                seal = json.loads(path.read_text())
+        for text in self._seals(stage):
+            with suppress(ValueError, KeyError):
+                seal = json.loads(text)
                 yield seal["inputs"], seal["version"]
+
+    def reach(self, path: Path) -> Path:
+        """A path in this folder that another worker has told of, with what is there."""
+        result = self.folder / path.relative_to(self.folder).parts[0]
+        if self.storage and not path.exists() and not self.storage.fetch(path):
+            self.storage.fetch(result)
+        return path
 
     def once(
         self, stage: str, inputs: dict[str, Any], build: Callable[[Path], None], *, version: int
@@ -84,11 +116,10 @@ class Stages:
         built again.
         """
         folder = self._folder_of(stage, inputs, version)
-        if self._intact(folder):
+        if self._is_there(folder):
             return folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{folder.name}.lock", self._while_waiting):
-            if self._intact(folder):  # another worker has made it meanwhile
+        with self.holding(folder.name):
+            if self._is_there(folder):  # another worker has made it meanwhile
                 return folder
             temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{stage}-"))
             try:
@@ -97,18 +128,20 @@ class Stages:
                 self._place(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+            if self.storage:
+                self.storage.send(folder)
         return folder
 
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
         """Only one of all workers is inside at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{name}.lock", self._while_waiting):
+        with _held(self.folder / f".{name}.lock", self._while_waiting), self._claim(name):
             yield
 
     def beside(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path:
         """A folder for what is not a result yet; whoever builds it removes it."""
-        return self.folder / f".going-{self._folder_of(stage, inputs, version).name}"
+        return self.folder / f"{GOING}{self._folder_of(stage, inputs, version).name}"
 
     def _folder_of(self, stage: str, inputs: dict[str, Any], version: int) -> Path:
         key = content_hash({"stage": stage, "version": version, "inputs": inputs})
@@ -134,6 +167,25 @@ class Stages:
         seal = {"stage": stage, "version": version, "inputs": inputs}
         seal["sha256"] = folder_sha256(folder)
         (folder / SEAL).write_text(json.dumps(seal, indent=1))
+
+    def _seals(self, stage: str) -> Iterator[str | bytes]:
+        """Of every result of a stage, here or in the storage."""
+        for path in sorted(self.folder.glob(f"{stage}-*/{SEAL}")):
+            with suppress(OSError):
+                yield path.read_text()
+        for folder in self.storage.below(self.folder) if self.storage else ():
+            name = folder.name
+            if not name.startswith(f"{stage}-") or folder.exists():
+                continue
+            if name not in self._elsewhere and self.storage:
+                self._elsewhere[name] = self.storage.read(folder, SEAL)
+            yield self._elsewhere[name] or ""
+
+    def _is_there(self, folder: Path) -> bool:
+        """Whether there is an intact result, which is brought here from the storage."""
+        if self._intact(folder):
+            return True
+        return self.storage is not None and self.storage.fetch(folder) and self._intact(folder)
 
     def _intact(self, folder: Path) -> bool:
         try:

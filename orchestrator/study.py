@@ -6,7 +6,6 @@ The ledger is the truth: what it holds is taken in as if it happened now, and th
 from __future__ import annotations
 
 import json
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,7 +29,7 @@ from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.report import wording
 from orchestrator.search import Ask
 from orchestrator.signature import Signature
-from orchestrator.stages import write_atomically
+from orchestrator.stages import clear_unfinished, write_atomically
 from orchestrator.trial import (
     Kind,
     Measurement,
@@ -173,8 +172,7 @@ class Study:
         try:
             ledger.take()
             open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
-            for left in (self.folder / "stages").glob(".*"):  # by workers that were killed
-                shutil.rmtree(left, ignore_errors=True)
+            clear_unfinished(self.folder / "stages")
             if not (self.folder / "recipe.yaml").exists():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.source)
             write_manifest(self.folder, self.recipe, self.facts)

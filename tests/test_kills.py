@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tiny_study
 import yaml
+from waiting import until
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
@@ -249,3 +250,31 @@ def test_a_front_half_written_is_written_again(tmp_path):
     (study / "front.json").write_text((study / "front.json").read_text()[:100])
     again = finish(recipe)
     assert [p["metrics"] for p in again["points"]] == [p["metrics"] for p in whole["points"]]
+
+
+@pytest.mark.slow
+def test_a_training_that_a_killed_driver_has_begun_goes_on_from_its_checkpoint(tmp_path):
+    (tmp_path / "long").mkdir()
+    space = {
+        "prune": "none",
+        "quantize": "W8A8",
+        "finetune": {"max_steps": 400, "logging_steps": 10},
+    }
+    recipe = tiny_study.write_recipe(
+        tmp_path / "long",
+        space=space,
+        resources={"engine": "inline", "save_steps": 20},
+        references={"dense_int8": False, "first_layers": [], "random_twin": False},
+    )
+    driver = start(recipe)
+    kept = "study/stages/.going-trained-*/step-*"
+    until(lambda: list(recipe.parent.glob(kept)), what="a checkpoint")
+    kill_driver(driver)
+    finish(recipe)
+    [training] = [
+        event.payload["result"]["details"]["training"]
+        for event in events(recipe)
+        if event.kind == "finished" and event.payload["role"] == "trial"
+    ]
+    assert training["resumed_at"] >= 20
+    assert not list(recipe.parent.glob("study/stages/.going-*"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.stages import Stages, write_atomically
+from orchestrator.stages import Stages, clear_unfinished, write_atomically
 
 
 def counted(calls: list[int], text: str = "weights"):
@@ -19,6 +19,20 @@ def counted(calls: list[int], text: str = "weights"):
         (folder / "model.txt").write_text(text)
 
     return build
+
+
+def test_what_killed_workers_left_goes_but_for_trainings_to_go_on_with(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+    done = stages.once("trained", {"seed": 0}, counted([]), version=1)
+    goes_on = stages.beside("trained", {"seed": 1}, version=1)
+    for left in (
+        goes_on,
+        stages.beside("trained", {"seed": 0}, version=1),
+        tmp_path / ".trained-x",
+    ):
+        (left / "step-5").mkdir(parents=True)
+    clear_unfinished(tmp_path)
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {done, goes_on}
 
 
 def test_equal_inputs_are_worked_on_once(tmp_path: Path) -> None:
