@@ -65,6 +65,12 @@ def reseal(folder: Path) -> str:
     return seal(folder, description)
 
 
+def sealed_as(folder: Path) -> str:
+    """The hash of an artifact's description, "" where there is none."""
+    path = folder / DESCRIPTION
+    return file_sha256(path) if path.exists() else ""
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The description of an intact artifact. Raises `DamagedArtifact` naming every bad file."""
     try:

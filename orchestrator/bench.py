@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from orchestrator import token_files
 from orchestrator.alone import this_host
 from orchestrator.base_model import Base, load_base, num_positions, tokenizer_key
 from orchestrator.base_model_checks import source_problems
-from orchestrator.checkpoint import Earlier, earlier
+from orchestrator.checkpoint import Earlier, Saver, earlier
 from orchestrator.compiled import missing_compiler
 from orchestrator.dense import Dense, make_dense
 from orchestrator.finetune import FinetuneOptions, uses_bf16
@@ -40,7 +41,8 @@ from orchestrator.recompute import check_recomputes
 from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.score_files import Scores, shared_scores
 from orchestrator.space import can_go_on, num_steps
-from orchestrator.stages import Stages
+from orchestrator.stages import Claim, Stages
+from orchestrator.storage import Storage
 from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect
 from orchestrator.trial import BadInput, Infeasible, TrialConfig, content_hash
@@ -62,6 +64,8 @@ class Bench:
     """The shared things of one study on one worker; `crew` are those that train together with it. A
     batch is trained on in `pieces`, where memory is short.
 
+    `folder` is this worker's own of the study where the recipe has a storage, else all workers'; a
+    `claim` is held on what several of them would make.
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
     how a trial's training goes.
@@ -73,14 +77,21 @@ class Bench:
         folder: Path,
         *,
         device: str | None = None,
+        claim: Claim = lambda name: nullcontext(),
         rows_limit: int | None = None,
         steps_limit: int | None = None,
     ) -> None:
         self.recipe, self.folder = recipe, folder
+        self.storage = Storage(recipe.storage, folder) if recipe.storage else None
         self.task, self.target = recipe.task, recipe.target
         self.runtime = find(RUNTIMES, recipe.target.runtime, what="runtime")
         self.device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.stages = Stages(folder / "stages", while_waiting=this_host().give_way)
+        self.stages = Stages(
+            folder / "stages",
+            storage=self.storage,
+            claim=claim,
+            while_waiting=this_host().give_way,
+        )
         self.rows_limit, self.steps_limit = rows_limit, steps_limit
         self.num_threads = torch.get_num_threads()
         self.timed_on = ""
@@ -240,6 +251,10 @@ class Bench:
             "quantize": config.quantize if numerics else None,
             "calibration_batch_size": self.recipe.calibration_batch_size,
         }
+
+    def saver(self, going: Path) -> Saver:
+        """What writes down a training, in the folder that is kept for it while it goes on."""
+        return Saver(going, self.recipe.resources.save_steps, self.storage)
 
     def shorter_training(
         self, config: TrialConfig, inputs: dict[str, Any], *, version: int

@@ -26,6 +26,7 @@ from orchestrator.ranks import Ranks
 from orchestrator.shards import gathered
 from orchestrator.skeleton import Stored, aliases
 from orchestrator.stages import folder_sha256
+from orchestrator.storage import Storage
 
 WEIGHTS, ABOUT, GATHERED = "model.safetensors", "about.json", "optimizer.safetensors"
 RANDOM = "random."
@@ -148,11 +149,12 @@ def earlier(folder: Path) -> Earlier | None:
 class Saver:
     """Writes down a training every so many steps, so that an interrupted one goes on from there.
 
-    In `folder` lies the last of them, whole; no pickle is in it.
+    In `folder` lies the last of them, whole, and in the study's `storage` too; no pickle is in it.
     """
 
     folder: Path
     every: int
+    storage: Storage | None = None
 
     def is_due(self, step: int) -> bool:
         return self.every > 0 and step % self.every == 0
@@ -181,27 +183,38 @@ class Saver:
         seal = {"step": step, "progress": progress, "sha256": folder_sha256(part)}
         (part / ABOUT).write_text(json.dumps(seal))
         before = self._all()
-        part.rename(self.folder / f"step-{step}")
+        made = part.rename(self.folder / f"step-{step}")
+        if self.storage:
+            self.storage.send(made)
         for folder in before:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._remove(folder)
 
     def last(self) -> Earlier | None:
         """The last that is intact; others are removed."""
         for folder in reversed(self._all()):
             try:
+                if self.storage and not folder.exists():
+                    self.storage.fetch(folder)
                 seal = json.loads((folder / ABOUT).read_text())
                 intact = seal["sha256"] == folder_sha256(folder, leave_out=frozenset({ABOUT}))
             except (OSError, ValueError, KeyError):
                 intact = False
             if intact:
                 return Earlier(folder, seal["step"], seal["progress"])
-            shutil.rmtree(folder, ignore_errors=True)
+            self._remove(folder)
         return None
 
     def forget(self) -> None:
         """The training is over."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove(self.folder)
+
+    def _remove(self, folder: Path) -> None:
+        if self.storage:
+            self.storage.remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        found = self.folder.glob("step-*")
+        found = set(self.folder.glob("step-*"))
+        if self.storage:
+            found.update(self.storage.below(self.folder))
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

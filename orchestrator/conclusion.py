@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import front as fronts
 from orchestrator import pareto
-from orchestrator.artifact import read_predictions
+from orchestrator.artifact import read_predictions, sealed_as
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Lost
 from orchestrator.outcomes import folder_of
@@ -26,6 +27,7 @@ from orchestrator.trial import (
 )
 
 if TYPE_CHECKING:
+    from orchestrator.storage import Storage
     from orchestrator.study import Study
 
 
@@ -37,7 +39,7 @@ class Conclusion:
 
     def __init__(self, study: Study) -> None:
         self.study, self.recipe = study, study.recipe
-        self.outcomes, self.ledger = study.outcomes, study.ledger
+        self.outcomes, self.ledger, self.storage = study.outcomes, study.ledger, study.storage
         self._untimable: set[str] = set()
 
     def run(self) -> Json:
@@ -48,17 +50,48 @@ class Conclusion:
         self.study.watch.phase("scoring the front on the test split")
         while untested := self._untested():
             self._score(untested)
+        if self.storage:
+            self._bring(self.storage)
         front, dominated, over = self.outcomes.split()
         if self.recipe.keep == "front":
             for outcome in (*dominated, *over):
                 self._drop(outcome)
-            for stage in LARGE_STAGES:
-                for folder in (self.study.folder / "stages").glob(f"{stage}-*"):
-                    shutil.rmtree(folder, ignore_errors=True)
+            self._remove_large_stages()
         text = self._front_json(front, dominated, over)
         write_atomically(self.study.folder / "front.json", json.dumps(text, indent=1))
         write_report(self.study.folder)
+        if self.storage:
+            self._publish(text, self.storage)
         return text
+
+    # -- what lies in a storage ------------------------------------------------------------------
+
+    def _bring(self, storage: Storage) -> None:
+        """What is shown into the study's folder. What the storage has lost has failed."""
+        while missing := [o for o in self._shown() if sealed_as(_artifact(o)) != o.result.sha256]:
+            for outcome in missing:
+                if not storage.fetch(_artifact(outcome), version=str(outcome.result.sha256)):
+                    lacks = f"{storage.uri} lacks its artifact {outcome.result.sha256}"
+                    self._fail(outcome, lacks)
+
+    def _publish(self, front: Json, storage: Storage) -> None:
+        """Front, report and the artifacts that are shown, under their own names in the storage."""
+        folder = self.study.folder
+        before = json.loads(storage.published(folder / "front.json") or "{}")
+        for gone in _artifacts_in(before) - _artifacts_in(front):
+            storage.withdraw(folder / gone)
+        artifacts = [folder / name for name in sorted(_artifacts_in(front))]
+        files = [path for artifact in artifacts for path in artifact.rglob("*") if path.is_file()]
+        storage.publish([*files, folder / "report.html", folder / "front.json"])
+
+    def _remove_large_stages(self) -> None:
+        stages = self.study.folder / "stages"
+        found = {*stages.glob("*"), *(self.storage.below(stages) if self.storage else ())}
+        for folder in found:
+            if folder.name.partition("-")[0] in LARGE_STAGES:
+                shutil.rmtree(folder, ignore_errors=True)
+                if self.storage:
+                    self.storage.remove(folder)
 
     # -- what is shown ---------------------------------------------------------------------------
 
@@ -85,7 +118,9 @@ class Conclusion:
         return wanted if mixed or any(not o.is_timed_together for o in wanted) else []
 
     def _untested(self) -> list[Outcome]:
-        return [o for o in self._shown() if o.result.test is None]
+        """The baselines first: the others are held against what they have answered."""
+        untested = [o for o in self._shown() if o.result.test is None]
+        return [o for o in untested if o.role == "baseline"] or untested
 
     # -- timing ----------------------------------------------------------------------------------
 
@@ -125,7 +160,7 @@ class Conclusion:
         outcome = self.outcomes.get(work.key.removeprefix("test:"))
         assert outcome is not None
         if isinstance(result, Lost):
-            self._fail(outcome, result)
+            self._fail(outcome, result.message)
             return
         assert isinstance(result, tuple)
         measured, sha256 = result
@@ -133,18 +168,18 @@ class Conclusion:
         scored = outcome.replaced(outcome.result.model_copy(update=update))
         self._keep(scored, "test", measured, sha256=sha256)
 
-    def _fail(self, outcome: Outcome, lost: Lost) -> None:
+    def _fail(self, outcome: Outcome, message: str) -> None:
         result = TrialResult(
             trial_id=outcome.result.trial_id,
             config=outcome.result.config,
             status=TrialStatus.FAILED,
             reason=Reason.ERROR,
-            message=lost.message,
+            message=message,
             device_seconds=outcome.result.device_seconds,
         )
         self.study.record_failure(outcome.replaced(result))
         if outcome.role == "baseline":
-            raise NoBaseline(f"{lost.message}; the same command makes it again")
+            raise NoBaseline(f"{message}; the same command makes it again")
 
     def _keep(
         self, outcome: Outcome, kind: str, measured: Measurement, *, sha256: str | None = None
@@ -164,7 +199,10 @@ class Conclusion:
         """Delete a dominated artifact; its command builds it again."""
         if outcome.role != "trial" or outcome.result.artifact is None:
             return
-        shutil.rmtree(outcome.folder / outcome.result.artifact, ignore_errors=True)
+        artifact = outcome.folder / outcome.result.artifact
+        shutil.rmtree(artifact, ignore_errors=True)
+        if self.storage:
+            self.storage.remove(artifact)
         dropped = outcome.replaced(outcome.result.model_copy(update={"artifact": None}))
         self.outcomes.add(dropped)
         self.study.write(dropped)
@@ -215,3 +253,13 @@ class Conclusion:
         if outcome.result.artifact is None:
             return []
         return read_predictions(outcome.folder / outcome.result.artifact, "validation")
+
+
+def _artifact(outcome: Outcome) -> Path:
+    return outcome.folder / str(outcome.result.artifact)
+
+
+def _artifacts_in(front: Json) -> set[str]:
+    """Folders of what a front.json shows, relative to the study's."""
+    shown = [*front.get("points", ()), *front.get("references", ())]
+    return {point["artifact"] for point in shown if point["artifact"]}

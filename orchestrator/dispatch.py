@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ class Dispatch:
     """Hands works to a launcher and hears of them. `device_s` is what lost works have taken.
 
     `timed_on` is asked, as a work starts, for the kind of machine whose speed counts; `devices` how
-    many a work takes.
+    many a work takes; `sealed` for the hashes of the artifacts that it reads.
     """
 
     def __init__(
@@ -49,9 +49,11 @@ class Dispatch:
         max_attempts: int,
         timed_on: Callable[[], str],
         devices: Callable[[Work], int] = lambda work: 1,
+        sealed: Callable[[Work], Mapping[str, str]] = lambda work: {},
     ) -> None:
         self.launcher, self.ledger = launcher, ledger
         self.max_attempts, self.devices, self.timed_on = max_attempts, devices, timed_on
+        self.sealed = sealed
         self.running: dict[tuple[str, str], Running] = {}
         self.device_s = 0.0
         self.on_lost: Callable[[Work, Lost], None] = lambda work, lost: None
@@ -88,7 +90,7 @@ class Dispatch:
         if work.kind in ("baseline", "trial"):  # the others end as measurements
             devices = self.devices(work)
             self.ledger.append("started", work.key, attempt=work.attempt, devices=devices)
-        work = replace(work, timed_on=self.timed_on())
+        work = replace(work, timed_on=self.timed_on(), sealed=self.sealed(work))
         self.running[work.kind, work.key] = Running(work, self.launcher.now())
         self.launcher.start(work)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.node_facts import MARKS, Examiner
+from orchestrator.node_facts import MARKS, Examiner, remove_marks
 from orchestrator.problems import raise_if
 from orchestrator.recipe import Recipe
 from orchestrator.trial import BadInput
@@ -71,7 +71,7 @@ def raise_if_hopeless(survey: Survey) -> None:
 
 def survey_here(recipe: Recipe) -> Survey:
     """Of this machine alone."""
-    with marks_in(recipe.output_dir) as folder:
+    with marks_in(recipe.output_dir, recipe.storage) as folder:
         facts = Examiner().facts(folder, "this machine")
     return Survey(facts, {"this machine": facts}, {})
 
@@ -88,8 +88,15 @@ def _unreadable(recipe: Recipe) -> list[str]:
 
 
 @contextmanager
-def marks_in(folder: str | Path) -> Iterator[str]:
-    """The study's folder, in which every node may leave a mark; nothing stays behind."""
+def marks_in(folder: str | Path, storage: str | None = None) -> Iterator[str]:
+    """Where every node may leave a mark: the study's storage, else its folder. Nothing stays there."""
+    if storage is not None:
+        try:
+            yield storage
+        finally:
+            with suppress(Exception):  # each node tells why
+                remove_marks(storage)
+        return
     home = Path(folder).absolute()
     made = [path for path in (home, *home.parents) if not path.exists()]
     try:
@@ -155,12 +162,18 @@ def _room(name: str, facts: Json) -> Iterator[Finding]:
 
 
 def _storage(name: str, facts: Json, sees: Json) -> Iterator[Finding]:
+    what = "the study's storage" if facts["has_uri"] else "the study's folder"
+    remedy = (
+        "see to the URI, the network, and the credentials in the environment that Ray was started in"
+        if facts["has_uri"]
+        else "set output_dir to a folder that all nodes share, or storage to a URI that all reach,"
+        " such as s3://bucket/study"
+    )
     if facts["storage"]:
-        what = f"the study's folder {facts['storage']}"
-        yield Finding(name, what, "set output_dir to a folder that all nodes share")
+        yield Finding(name, f"{what} {facts['storage']}", remedy)
     elif sees.get("missing"):
-        what = f"does not see what {', '.join(sees['missing'])} wrote to the study's folder"
-        yield Finding(name, what, "set output_dir to a folder that all nodes share")
+        missing = ", ".join(sees["missing"])
+        yield Finding(name, f"does not see what {missing} wrote to {what}", remedy)
 
 
 def _network(name: str, facts: Json, sees: Json) -> Iterator[Finding]:

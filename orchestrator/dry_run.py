@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.rehearsal import rehearse
 from orchestrator.signature import Signature
 from orchestrator.space import infeasible, trains
+from orchestrator.storage import Storage
 from orchestrator.trial import TrialConfig, TrialResult, TrialStatus, Work
 
 ROWS, STEPS = 32, 2
@@ -43,8 +44,8 @@ def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
     started = time.perf_counter()
     trying = rehearse(recipe, device=device, num_gpus=torch.cuda.device_count())
     with (
-        tempfile.TemporaryDirectory(prefix="slimtune-dry-") as folder,
-        closing(_launcher(trying.recipe, Path(folder), trying.device)) as launcher,
+        _thrown_away(trying.recipe) as (trying_recipe, folder),
+        closing(_launcher(trying_recipe, folder, trying.device)) as launcher,
     ):
         facts = launcher.facts()
         recipe.check_facts(facts)
@@ -69,6 +70,28 @@ def dry_run(recipe: Recipe, *, device: str | None = None) -> Json:
         "works": works and any(row["works"] for row in rows.values()),
         "estimated_hours": (setup_s + cost.study_s(can_work)) / 3600 if works else None,
     }
+
+
+@contextmanager
+def _thrown_away(recipe: Recipe) -> Iterator[tuple[Recipe, Path]]:
+    """A folder, and the recipe with a storage of its own, that are gone afterwards.
+
+    On a cluster the folder is beside the study's, which all nodes see.
+    """
+    beside = None
+    if recipe.resources.engine == "ray" and recipe.resources.address != "local":
+        parents = Path(recipe.output_dir).absolute().parents
+        beside = next(path for path in parents if path.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".slimtune-dry-", dir=beside) as name:
+        folder = Path(name)
+        if recipe.storage is None:
+            yield recipe, folder
+            return
+        uri = f"{recipe.storage.rstrip('/')}/{folder.name}"
+        try:
+            yield recipe.model_copy(update={"storage": uri}), folder
+        finally:
+            Storage(recipe.storage, folder.parent).withdraw(folder)
 
 
 def _launcher(recipe: Recipe, folder: Path, device: str | None) -> Launcher:

@@ -8,6 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
+from orchestrator import scratch
 from orchestrator.alone import this_host
+from orchestrator.artifact import DamagedArtifact, sealed_as
 from orchestrator.bench import Bench
 from orchestrator.measure.again import speeds, time_together
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import measure_test, run_baseline, run_trial
+from orchestrator.stages import Claim
 from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import Result, Work
 
@@ -43,7 +47,36 @@ def perform(work: Work, bench: Bench, note: Note) -> Result:
     It steps aside when somebody on this host measures.
     """
     with this_host().working():
-        return _perform(work, bench, note)
+        for folder, sha256 in work.sealed.items():
+            _bring(bench.folder / folder, sha256, bench)
+        result = _perform(work, bench, note)
+        _hand_in(work, result, bench)
+        return result
+
+
+def _bring(artifact: Path, sha256: str, bench: Bench) -> None:
+    """Have an artifact here that was maybe made elsewhere."""
+    if bench.storage is None or sealed_as(artifact) == sha256:
+        return
+    with bench.stages.holding_here(f"artifact-{sha256}"):
+        if sealed_as(artifact) == sha256 or bench.storage.fetch(artifact, version=sha256):
+            return
+    raise DamagedArtifact(f"{bench.storage.uri} lacks the artifact {sha256[:12]}… of {artifact}")
+
+
+def _hand_in(work: Work, result: Result, bench: Bench) -> None:
+    """Let others have the artifact that was made or completed, and the log."""
+    if bench.storage is None or isinstance(result, dict):
+        return
+    if isinstance(result, tuple):
+        bench.storage.send(bench.folder / work.folder, version=result[1])
+        return
+    home = bench.folder / "trials" / result.trial_id
+    if work.kind == "baseline":
+        home = bench.recipe.baseline_folder(bench.folder, work.model)
+    if result.artifact and result.sha256:
+        bench.storage.send(home / result.artifact, version=result.sha256)
+    bench.storage.publish([home / "log.txt"])
 
 
 def _perform(work: Work, bench: Bench, note: Note) -> Result:
@@ -64,9 +97,12 @@ def _perform(work: Work, bench: Bench, note: Note) -> Result:
 class Worker:
     """A process that does works of one study, one after another, on data and models that it keeps.
 
-    `recipe` is resolved; `folder` is the study's, on a file system that all workers share; `limits`
-    are those of its bench.
+    `recipe` is resolved; `folder` is the study's, on a file system that all workers share unless the
+    recipe has a storage; `limits` are those of its bench. A `claim` is held on what others may want
+    to make, too.
     """
+
+    claim: Claim = staticmethod(lambda name: nullcontext())
 
     def __init__(
         self,
@@ -82,14 +118,17 @@ class Worker:
         self._size = int(os.environ.get("WORLD_SIZE", "1"))
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        self._recipe, self._folder, self._device = recipe, Path(folder), device
+        self._recipe, self._study, self._device = recipe, Path(folder), device
+        self._folder = self._study
+        if recipe.get("storage"):
+            self._folder = scratch.take(scratch.scratch_name(recipe["storage"], folder))
         self._limits = limits
         self._clean = Clean()
 
     @cached_property
     def bench(self) -> Bench:
-        recipe = Recipe.from_resolved(self._recipe, output_dir=self._folder)
-        bench = Bench(recipe, self._folder, device=self._device, **self._limits)
+        recipe = Recipe.from_resolved(self._recipe, output_dir=self._study)
+        bench = Bench(recipe, self._folder, device=self._device, claim=self.claim, **self._limits)
         options = [recipe.resources.of(model.id) for model in recipe.models]
         if self._size > 1 or any(each.strategy_name != "single" for each in options):
             waits = recipe.resources.collective_timeout_s
@@ -122,8 +161,8 @@ class Worker:
         """Raises FileNotFoundError where the study's folder is not seen."""
         if not self._folder.is_dir():
             raise FileNotFoundError(
-                f"{os.uname().nodename} does not see the study's folder {self._folder}: "
-                "output_dir has to be on a file system that all nodes share"
+                f"{os.uname().nodename} does not see the study's folder {self._folder}: output_dir"
+                " has to be on a file system that all nodes share, or storage a URI that all reach"
             )
 
     def reset(self) -> None:

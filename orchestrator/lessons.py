@@ -75,7 +75,8 @@ def open_lesson(source: Source, bench: Bench, live: PreTrainedModel | None) -> L
     """The lesson of a source; `live` is its dense baseline, ready to answer, where it has one."""
     lesson = PLAIN
     if source.answers:
-        lesson = _read(Path(source.answers), source.augmentation, bench)
+        answers = bench.stages.reach(Path(source.answers))
+        lesson = _read(answers, source.augmentation, bench)
     if live is None:
         return lesson
     if bench.task.kind != "encoder":

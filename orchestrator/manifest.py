@@ -27,7 +27,10 @@ def read_manifest(folder: Path) -> Json | None:
     """
     path = folder / NAME
     if path.is_file():
-        return _parsed_manifest(path)
+        try:
+            return parse_manifest(path.read_bytes(), where=f"output_dir: {path}")
+        except OSError as error:
+            raise BadInput([f"output_dir: {path} cannot be read: {error.strerror}."]) from error
     found = folder.iterdir() if folder.is_dir() else ()
     unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
     if unknown:
@@ -40,15 +43,16 @@ def read_manifest(folder: Path) -> Json | None:
     return None
 
 
-def _parsed_manifest(path: Path) -> Json:
+def parse_manifest(text: bytes, *, where: str) -> Json:
+    """The content of a manifest.json. Raises `BadInput`, which says `where` it lies."""
     try:
-        manifest: Json = json.loads(path.read_text(encoding="utf-8"))
+        manifest: Json = json.loads(text)
         if manifest["schema"] == SCHEMA and {"identity", "recipe", "facts"} <= manifest.keys():
             return manifest
         why = "was written by another version of slimtune"
-    except (OSError, ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         why = "is damaged, or is no study's"
-    raise BadInput([f"output_dir: {path} {why}; choose another folder."])
+    raise BadInput([f"{where} {why}; choose another folder."])
 
 
 def ledger_key(folder: Path) -> str:
@@ -105,14 +109,19 @@ def open_study(folder: Path, recipe: Recipe) -> Json | None:
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    if manifest["identity"] != recipe.identity():
-        there = Recipe.from_resolved(manifest["recipe"])
-        if found := contradictions(there, recipe):
-            where = f"output_dir: {folder} holds a study with"
-            way = "choose another output_dir or the recipe of that study."
-            raise BadInput([f"{where} {difference}; {way}" for difference in found])
+    check_goes_on(manifest, recipe, where=f"output_dir: {folder}")
     facts: Json = manifest["facts"]
     return facts
+
+
+def check_goes_on(manifest: Json, recipe: Recipe, *, where: str) -> None:
+    """Raise `BadInput` naming what differs, if the recipe contradicts the study `where` it lies."""
+    if manifest["identity"] == recipe.identity():
+        return
+    if found := contradictions(Recipe.from_resolved(manifest["recipe"]), recipe):
+        holds = f"{where} holds a study with"
+        way = f"choose another {where.partition(':')[0]} or the recipe of that study."
+        raise BadInput([f"{holds} {difference}; {way}" for difference in found])
 
 
 def package_files() -> Json:

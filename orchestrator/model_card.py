@@ -63,7 +63,7 @@ def _card(
         parts += [f"## Measured ({split})", _table(measurement)]
     parts += [
         "## Build it again",
-        f"```\nslimtune export {config.id} DIR --study {bench.folder.as_posix()}\n```",
+        f"```\nslimtune export {config.id} DIR --study {Path(bench.recipe.output_dir).as_posix()}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.artifact import DESCRIPTION, verify
+from orchestrator.artifact import DESCRIPTION, sealed_as, verify
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import read_manifest
 from orchestrator.recipe import Recipe
 from orchestrator.stages import write_atomically
+from orchestrator.storage import Storage
 from orchestrator.study import RESULT, read_result
 from orchestrator.trial import BadInput, Measurement, TrialResult, TrialStatus
 
@@ -61,6 +62,9 @@ def artifact_of(study: Path, folder: Path, *, note: Callable[[str], None]) -> Pa
         reason = f"{result.status.value}: {result.message}"
         raise BadInput([f"{result.trial_id} has no artifact, it {reason}."])
     artifact = folder / "artifact"
+    recipe = recipe_of(study)
+    if recipe.storage and result.artifact and sealed_as(artifact) != result.sha256:
+        Storage(recipe.storage, study).fetch(artifact, version=str(result.sha256))
     if result.artifact is None or not (artifact / DESCRIPTION).exists():
         again = _run_again(study, folder, result, note)
         if again.status is not TrialStatus.COMPLETED:

@@ -20,6 +20,7 @@ from pydantic import (
     PositiveInt,
     SkipValidation,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -44,7 +45,7 @@ from orchestrator.trial import BadInput, Frozen, TrialConfig, content_hash
 
 MAX_CHECKED = 500  # configurations that are looked through for one that can work; others may
 # may differ between runs of one study
-NOT_IDENTITY = ("name", "output_dir", "keep", "resources", "budget", "ledger")
+NOT_IDENTITY = ("name", "output_dir", "keep", "resources", "budget", "ledger", "storage")
 
 
 class TokenizerOptions(Frozen):
@@ -104,7 +105,10 @@ class References(Frozen):
 
 
 class Recipe(Frozen):
-    """A study as the user wants it. `source` is the text as written, `overrides` the command line's."""
+    """A study as the user wants it. `source` is the text as written, `overrides` the command line's.
+
+    `storage` is a URI at which workers that share no file system keep what they share.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -126,17 +130,22 @@ class Recipe(Frozen):
     resources: Resources = Resources()
     budget: Budget = Budget()
     ledger: str | None = Field(None, pattern="^postgresql://")
+    storage: str | None = Field(None, pattern=r"^[a-z0-9]+://")
     allow_code: bool = False
     source: str = Field("", exclude=True, repr=False)
     overrides: tuple[str, ...] = Field((), exclude=True)
 
-    @field_validator("ledger")
+    @field_validator("ledger", "storage")
     @classmethod
-    def _holds_no_secret(cls, url: str | None) -> str | None:
+    def _holds_no_secret(cls, url: str | None, info: ValidationInfo) -> str | None:
         if url is not None and urlsplit(url).password is not None:
+            instead = {
+                "ledger": "set PGPASSWORD or use a .pgpass file",
+                "storage": "give credentials through the environment",
+            }
             raise ValueError(
-                "names a password, which would be written down: leave it out, and set PGPASSWORD"
-                " or use a .pgpass file"
+                "names a password, which would be written down: leave it out, and"
+                f" {instead[str(info.field_name)]}"
             )
         return url
 

@@ -135,8 +135,14 @@ class Stages:
     @contextmanager
     def holding(self, name: str) -> Iterator[None]:
         """Only one of all workers is inside at a time."""
+        with self.holding_here(name), self._claim(name):
+            yield
+
+    @contextmanager
+    def holding_here(self, name: str) -> Iterator[None]:
+        """Only one of the workers that see this folder is inside at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _held(self.folder / f".{name}.lock", self._while_waiting), self._claim(name):
+        with _held(self.folder / f".{name}.lock", self._while_waiting):
             yield
 
     def beside(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path:

@@ -54,7 +54,7 @@ class Storage:
         place = f"files/{self._name(folder)}/{secrets.token_hex(8)}"
         self._put({folder / name: f"{place}/{name}" for name in hashes})
         entry = json.dumps({"place": place, "sha256": hashes})
-        self._write(self._entry(folder, version), entry.encode())
+        self.write(self._entry(folder, version), entry.encode())
 
     def fetch(self, folder: Path, *, version: str = "") -> bool:
         """Put the copy, if there is one, in the place of the folder."""
@@ -102,19 +102,15 @@ class Storage:
         """Remove what was published below a folder."""
         self._remove(self._name(folder))
 
-    def bring(self, path: Path) -> bool:
-        """Read a published file, if there is one."""
-        found = self._read(self._name(path))
-        if found is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(found)
-        return found is not None
+    def published(self, path: Path) -> bytes | None:
+        """A published file, if there is one."""
+        return self._read(self._name(path))
 
     def check(self) -> None:
         """Raise `BadInput` unless files can be written and read there."""
         name = f".probe-{secrets.token_hex(8)}"
         try:
-            self._write(name, b"slimtune")
+            self.write(name, b"slimtune")
             self._remove(name)
         except (*FINAL, ValueError) as error:
             raise BadInput([f"storage: {self.uri} cannot be used: {error}."]) from error
@@ -152,7 +148,8 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def _write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes) -> None:
+        """A small file, under its own name."""
         path = self._at(name)
         self._in_folders([path], lambda: self._system.pipe_file(path, content))
 

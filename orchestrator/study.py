@@ -22,15 +22,26 @@ from orchestrator.dispatch import Dispatch, Ended, Next
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher, Lost, Told, make_launcher
 from orchestrator.ledger import Event, Ledger
-from orchestrator.manifest import check_writable, ledger_key, open_study, write_manifest
-from orchestrator.outcomes import Outcomes
+from orchestrator.manifest import NAME as MANIFEST
+from orchestrator.manifest import (
+    check_goes_on,
+    check_writable,
+    ledger_key,
+    open_study,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
+from orchestrator.outcomes import Outcomes, folder_of
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.report import wording
 from orchestrator.search import Ask
 from orchestrator.signature import Signature
 from orchestrator.stages import clear_unfinished, write_atomically
+from orchestrator.storage import Storage
 from orchestrator.trial import (
+    BadInput,
     Kind,
     Measurement,
     NoBaseline,
@@ -44,7 +55,7 @@ from orchestrator.trial import (
 )
 from orchestrator.untimed import Untimed
 
-RESULT = "measurement.json"
+RESULT, RECIPE = "measurement.json", "recipe.yaml"
 TRIED_AGAIN = {Reason.OOM, Reason.TIMEOUT, Reason.ERROR}  # the others would end the same way
 MAX_SHOWN = 500  # configurations that are looked through for what tells them apart
 Planned = tuple[str, TrialConfig]  # a role, and what it is for
@@ -101,6 +112,7 @@ class Study:
         self.recipe = recipe
         self.folder = Path(recipe.output_dir)
         self.launcher = launcher or make_launcher(recipe, self.folder, device=device)
+        self.storage = Storage(recipe.storage, self.folder) if recipe.storage else None
         self.watch = watch or Silent()
         self.launcher.hear = self._hear
         self.outcomes = Outcomes(recipe)
@@ -149,6 +161,8 @@ class Study:
         Nothing is written before all of the input was checked. Raises `BadInput` and `Held`.
         """
         check_writable(self.folder)
+        if self.storage:
+            self._bring_study(self.storage)
         try:
             self.facts: Json = open_study(self.folder, self.recipe) or self._learn_facts()
             self.recipe.check_facts(self.facts)
@@ -162,8 +176,25 @@ class Study:
             max_attempts=self.recipe.resources.max_attempts,
             devices=self._devices,
             timed_on=self.untimed.timed_on,
+            sealed=self._sealed,
         )
         self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
+
+    def _bring_study(self, storage: Storage) -> None:
+        """Know of the study that the storage holds, if nothing of it is here. Raises `BadInput`."""
+        storage.check()
+        path = self.folder / MANIFEST
+        text = storage.published(path)
+        if text is None:
+            return
+        where = f"storage: {storage.uri}"
+        manifest = parse_manifest(text, where=where)
+        check_goes_on(manifest, self.recipe, where=where)
+        if read_manifest(self.folder) is None:
+            write_atomically(path, text.decode())
+        elif manifest["ledger_key"] != ledger_key(self.folder):
+            other = f"{where} holds another study than output_dir; give this one a URI of its own."
+            raise BadInput([other])
 
     def _take_ledger(self) -> Ledger:
         """The ledger, held by this driver, and the manifest beside it."""
@@ -173,9 +204,11 @@ class Study:
             ledger.take()
             open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
             clear_unfinished(self.folder / "stages")
-            if not (self.folder / "recipe.yaml").exists():
-                write_atomically(self.folder / "recipe.yaml", self.recipe.source)
+            if not (self.folder / RECIPE).exists():
+                write_atomically(self.folder / RECIPE, self.recipe.source)
             write_manifest(self.folder, self.recipe, self.facts)
+            if self.storage:
+                self.storage.publish([self.folder / RECIPE, self.folder / MANIFEST])
         except BaseException:
             ledger.close()
             raise
@@ -417,6 +450,18 @@ class Study:
     ) -> Work:
         attempt = self.ledger.attempts(key) + 1
         return Work(kind=kind, key=key, attempt=attempt, model=model, config=config)
+
+    def _sealed(self, work: Work) -> dict[str, str]:
+        """Hashes of the artifacts that a work reads, by their folders: its own, and the baselines."""
+        if self.storage is None or work.kind == "baseline":
+            return {}
+        keys = [work.key.removeprefix("test:")] if work.kind == "test" else work.artifacts
+        found = [*self.outcomes.baselines.values(), *map(self.outcomes.get, keys)]
+        return {
+            folder_of(outcome, self.folder): str(outcome.result.sha256)
+            for outcome in found
+            if outcome is not None and outcome.result.artifact
+        }
 
     def _devices(self, work: Work) -> int:
         """How many a work takes: what only measures runs on one."""

@@ -7,6 +7,7 @@ and gets them back. The others follow, and hold no more of the model than the st
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,7 @@ from orchestrator.resources import GangOptions
 from orchestrator.rungs import Rungs, Telling
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
+from orchestrator.storage import Storage
 from orchestrator.strategies import Strategy, make_strategy
 from orchestrator.trial import Diverged, Frozen, content_hash
 
@@ -85,7 +87,7 @@ def train(
     """
     if bench.pieces > 1:
         check_pieces(assignment)
-    saver = Saver(going, bench.recipe.resources.save_steps) if going else None
+    saver = bench.saver(going) if going else None
     last = saver.last() if saver else None
     if last and (earlier is None or last.step > earlier.step):
         earlier = last
@@ -291,14 +293,17 @@ class Crew:
         for pruning in prunings:
             pruning.on_step(begin, num_steps)
         key = content_hash(assignment.model_dump(mode="json"))
-        start = bench.stages.folder / f".start-{key}"  # what a killed gang has left is replaced
-        shutil.rmtree(start, ignore_errors=True)
+        for left in bench.stages.folder.glob(f".start-{key}-*"):  # by a gang that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        start = bench.stages.folder / f".start-{key}-{secrets.token_hex(4)}"
         start.mkdir(parents=True)
         try:
             checkpoint.save(start, model.cpu(), tokenizer, {})
             bench.base(assignment.model).model.config.save_pretrained(start)
             if not schedules(assignment.prune):
                 _empty(model)
+            if storage := self._storage(bench):
+                storage.send(start)
             options = self.options(assignment.model)
             part = Part(
                 start=str(start),
@@ -317,6 +322,8 @@ class Crew:
             report, weights, gathered = self._do(part, bench, Chooser(model, prunings), told)
         finally:
             shutil.rmtree(start, ignore_errors=True)
+            if storage := self._storage(bench):
+                storage.remove(start)
         for name, value in weights.items():
             model.get_parameter(name).data = value
         model.to(bench.device).eval()
@@ -335,6 +342,11 @@ class Crew:
         self._orders_out("")
         torch.distributed.destroy_process_group()
 
+    def _storage(self, bench: Bench) -> Storage | None:
+        """By which others reach what this rank has, where some of them are on other hosts."""
+        is_one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == self.ranks.size
+        return None if is_one_host else bench.storage
+
     def _orders_out(self, text: str) -> None:
         if self.ranks.size > 1:
             self.ranks.told(text, group=self._orders)
@@ -347,7 +359,7 @@ class Crew:
         told: Telling | None = None,
     ) -> tuple[TrainingReport, dict[str, torch.Tensor], Gathered | None]:
         """This rank's part. The weights, and the optimizer's state, come back on rank 0 alone."""
-        assignment, start = part.assignment, Path(part.start)
+        assignment, start = part.assignment, bench.stages.reach(Path(part.start))
         device = torch.device(bench.device)
         self.is_broken = True
         strategy = make_strategy(part.options)
@@ -358,9 +370,10 @@ class Crew:
         masks = SpreadMasks(model, assignment.prune, chooser)
         earlier = saver = None
         if part.earlier:
-            earlier = Earlier(Path(part.earlier), part.step, part.progress, is_placed=True)
+            folder = bench.stages.reach(Path(part.earlier))
+            earlier = Earlier(folder, part.step, part.progress, is_placed=True)
         if part.going:
-            saver = Saver(Path(part.going), bench.recipe.resources.save_steps)
+            saver = bench.saver(Path(part.going))
         try:
             report, state_of_optimizer = _finetuned(
                 model,
@@ -381,6 +394,7 @@ class Crew:
             raise
         finally:
             strategy.leave()
+            shutil.rmtree(start, ignore_errors=True)  # on every host; all have read it
         weights = shards.gathered(model)
         peaks = torch.zeros(self.ranks.size)
         peaks[self.ranks.rank] = peak_mb(bench.device)
@@ -416,7 +430,7 @@ def _live(
     if not assignment.source.dense:
         return None
     plain = Assignment(model=assignment.model, finetune=assignment.finetune, seed=0)
-    folder = Path(assignment.source.dense)
+    folder = bench.stages.reach(Path(assignment.source.dense))
     return strategy.answering(_filled(strategy, folder, bench, plain, device))
 
 

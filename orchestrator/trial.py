@@ -155,7 +155,8 @@ class Work:
     takes their latencies in one interleaved pass. `folder` and artifacts are relative to the
     study's folder. `key` is what the ledger calls it: a trial's id, `baseline:<model>` for a dense
     model. `timed_on` is the fingerprint of the machines on which speed counts; "" takes any. Batches
-    are trained on in `pieces`, to the same result.
+    are trained on in `pieces`, to the same result. `sealed` are the hashes of artifacts by their
+    folders, which a worker fetches from the storage where the study has one.
     """
 
     kind: Kind
@@ -167,6 +168,7 @@ class Work:
     artifacts: Mapping[str, str] = field(default_factory=dict)
     timed_on: str = ""
     pieces: int = 1
+    sealed: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_of(work: Work) -> str:

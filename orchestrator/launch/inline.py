@@ -35,7 +35,8 @@ class Inline:
         quiet()
         from orchestrator.bench import Bench
 
-        return Bench(self.recipe, self.folder, device=self.device, **self.limits)
+        limits: dict[str, Any] = dict(self.limits)
+        return Bench(self.recipe, self.folder, device=self.device, **limits)
 
     def facts(self) -> dict[str, Any]:
         return self.bench.facts()

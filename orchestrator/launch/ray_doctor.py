@@ -22,7 +22,7 @@ def survey_and_room(recipe: Recipe | None, address: str | None) -> tuple[Survey,
         finally:
             cluster.leave()
     with closing(RayGangs(recipe, Path(recipe.output_dir), examines=False)) as gangs:
-        with marks_in(recipe.output_dir) as folder:
+        with marks_in(recipe.output_dir, recipe.storage) as folder:
             found = survey(gangs.cluster.nodes(), folder)
         problems: list[str] = []
         try:

@@ -12,8 +12,9 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -40,14 +41,17 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskErr
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from orchestrator.alone import this_host
 from orchestrator.artifact import DamagedArtifact
 from orchestrator.doctor import marks_in, raise_if_hopeless
 from orchestrator.launch import Done, Event, Lost, Told
+from orchestrator.launch.claims import Claims
 from orchestrator.launch.ray_kinds import Kinds, environment
-from orchestrator.launch.ray_nodes import survey
+from orchestrator.launch.ray_nodes import remove_scratch, survey
 from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
 from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
 from orchestrator.measure.fingerprint import fingerprint
+from orchestrator.scratch import scratch_name
 from orchestrator.trial import BadInput, Reason, Work, model_of
 
 if TYPE_CHECKING:
@@ -78,27 +82,35 @@ class Answer:
 
 @dataclass(frozen=True)
 class News:
-    """The `number`-th thing a worker has to say: the stage that a work has come to."""
+    """The `number`-th thing a worker has to say: the stage that a work has come to, or the name of a
+    result that it `wants` to make, or `lets_go` of."""
 
-    number: int = 0
+    number: int
     work: Work | None = None
     stage: str = ""
+    wants: str = ""
+    lets_go: str = ""
 
 
 class RayWorker:
     """One process of a gang, as Ray's actor. What it is asked to do is in orchestrator/gang.py.
 
-    It works in one thread and answers questions about that in another.
+    It works in one thread, answers questions about that in another, and is granted claims in a third.
     """
 
     def __init__(self, worker: str, arguments: dict[str, Any]) -> None:
         self._worker, self._arguments = worker, arguments
-        self._news, self._changed = News(), threading.Condition()
+        self._work: Work | None = None
+        self._news, self._changed = deque[News](), threading.Condition()
+        self._numbers = count(1)
+        self._granted: set[str] = set()
 
     @cached_property
     def worker(self) -> Any:
         module, _, name = self._worker.partition(":")
-        return getattr(import_module(module), name)(**self._arguments)
+        worker = getattr(import_module(module), name)(**self._arguments)
+        worker.claim = self.claim
+        return worker
 
     def place(self) -> Place:
         return here()
@@ -118,28 +130,57 @@ class RayWorker:
             return Answer(problems=tuple(error.problems))
 
     def do(self, work: Work) -> Answer:
-        self._say(work, "")
+        self._work = work
+        self._say()
         value: Any = None
         problems: tuple[str, ...] = ()
         try:
-            value = self.worker.do(work, lambda stage: self._say(work, stage))
+            value = self.worker.do(work, lambda stage: self._say(stage=stage))
         except Exception as error:
             problems = (_explained(error),)
+        self._work = None
         if self.worker.is_broken:
             return Answer(value, problems, is_broken=True)
         self.worker.reset()
         return Answer(value, problems, self.worker.rss_mb())
 
-    def _say(self, work: Work, stage: str) -> None:
+    @contextmanager
+    def claim(self, name: str) -> Iterator[None]:
+        """Wait until it is this worker's to make the result of that name, and let go of it then."""
+        if self._work is None:  # the driver does not listen
+            yield
+            return
+        self._say(wants=name)
+        while not self._is_granted(name):
+            this_host().give_way()
+        try:
+            yield
+        finally:
+            self._granted.discard(name)
+            self._say(lets_go=name)
+
+    def _is_granted(self, name: str) -> bool:
+        """Waits a while for it."""
         with self._changed:
-            self._news = News(self._news.number + 1, work, stage)
+            return self._changed.wait_for(lambda: name in self._granted, timeout=POLL_S)
+
+    def grant(self, name: str) -> None:
+        with self._changed:
+            self._granted.add(name)
             self._changed.notify_all()
 
-    def news(self, after: int) -> News:
+    def _say(self, **what: str) -> None:
+        with self._changed:
+            self._news.append(News(next(self._numbers), self._work, **what))
+            self._changed.notify_all()
+
+    def news(self, after: int) -> list[News]:
         """What is new since number `after`; waits a while for it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._news.number > after, timeout=LOOK_S)
-            return self._news
+            while self._news and self._news[0].number <= after:
+                self._news.popleft()
+            self._changed.wait_for(lambda: bool(self._news), timeout=LOOK_S)
+            return list(self._news)
 
 
 def _explained(error: Exception) -> str:
@@ -147,7 +188,7 @@ def _explained(error: Exception) -> str:
 
 
 REMOTE_WORKER = ray.remote(
-    max_restarts=0, max_task_retries=0, concurrency_groups={"work": 1, "news": 1}
+    max_restarts=0, max_task_retries=0, concurrency_groups={"work": 1, "news": 1, "grants": 1}
 )(RayWorker)
 
 
@@ -231,7 +272,7 @@ class Gang:
 
     def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
         """Call a method of the first worker; it tells its news while it works."""
-        group = "news" if method == "news" else "work"
+        group = {"news": "news", "grant": "grants"}.get(method, "work")
         call = getattr(self.actors[0], method).options(concurrency_group=group)
         return call.remote(*arguments)
 
@@ -302,12 +343,13 @@ class RayGangs:
     ) -> None:
         self.hear: Callable[[Told], None] = lambda told: None
         self.name, self.resources, self.target = recipe.name, recipe.resources, recipe.target
-        self.folder = folder.resolve()
+        self.folder, self.storage = folder.resolve(), recipe.storage
         self.models = [options.id for options in recipe.models]
         self.gangs: list[Gang] = []
         self._worker, self._examines = worker, examines
         self._use_gpus = device != "cpu"
         self._kinds, self._suspects = Kinds(), Suspects()
+        self._claims: Claims[Gang] = Claims()
         self._arguments = {
             "recipe": recipe.resolved(),
             "folder": str(self.folder),
@@ -322,7 +364,7 @@ class RayGangs:
         cluster = Cluster(self.resources.address)
         if self._examines and not cluster.is_own:
             nodes = [node for node in cluster.nodes() if has_labels(node, self.resources.labels)]
-            with marks_in(self.folder) as folder:
+            with marks_in(self.folder, self.storage) as folder:
                 raise_if_hopeless(survey(nodes, folder))
         return cluster
 
@@ -420,6 +462,8 @@ class RayGangs:
         atexit.unregister(self.close)
         for gang in list(self.gangs):
             self._end(gang)
+        if self.storage and "cluster" in self.__dict__:
+            remove_scratch(self.cluster.nodes(), scratch_name(self.storage, str(self.folder)))
         if cluster := self.__dict__.pop("cluster", None):
             cluster.leave()
 
@@ -509,6 +553,11 @@ class RayGangs:
     def _end(self, gang: Gang) -> None:
         self.gangs.remove(gang)
         gang.end()
+        self._grant(self._claims.forget(gang))
+
+    def _grant(self, claims: list[tuple[str, Gang]]) -> None:
+        for name, gang in claims:
+            gang.ask("grant", name)
 
     def _hand_back(self) -> None:
         """What nothing is done with: to a gang that waits for room, else to the cluster that lent it."""
@@ -592,15 +641,21 @@ class RayGangs:
 
     def _hear_news(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         try:
-            news: News = ray.get(gang.news)
+            news: list[News] = ray.get(gang.news)
         except RayError as error:
             return self._lose(gang, error)
-        gang.news = gang.ask("news", news.number)
+        gang.heard = news[-1].number if news else gang.heard
+        gang.news = gang.ask("news", gang.heard)
         gang.alive_at[0] = time.monotonic()
-        if gang.work and gang.work == news.work and news.number > gang.heard:
-            gang.begun, gang.heard = True, news.number
-            if news.stage:
-                self.hear(Told(gang.work, news.stage))
+        for each in news:
+            if each.wants:
+                self._grant(self._claims.want(each.wants, gang))
+            if each.lets_go:
+                self._grant(self._claims.let_go(each.lets_go, gang))
+            if gang.work and gang.work == each.work:
+                gang.begun = True
+                if each.stage:
+                    self.hear(Told(gang.work, each.stage))
         return []
 
     def _hear_answer(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
@@ -611,6 +666,7 @@ class RayGangs:
         except RayError as error:
             return self._lose(gang, error)
         gang.finish()
+        self._grant(self._claims.forget(gang))  # whose last news nobody listens to
         if gang.only_node and not answer.is_broken:
             self._suspects.done(gang.only_node, work.key)
         gang.memory_mb.append(answer.rss_mb)

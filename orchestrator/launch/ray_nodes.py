@@ -14,8 +14,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from orchestrator.doctor import Survey
 from orchestrator.launch.ray_kinds import environment
 from orchestrator.node_facts import Examiner
+from orchestrator.scratch import remove
 
-ANSWER_S = 15.0
+ANSWER_S, LEAVES_S = 15.0, 5.0
 Json = dict[str, Any]
 
 
@@ -69,3 +70,14 @@ def _answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Json]:
             off = answer["clock"] - time.time() if "clock" in answer else 0.0
             found[name] = answer | {"off_s": off}
     return found
+
+
+def remove_scratch(nodes: Sequence[Node], name: str) -> None:
+    """Remove a study's own folder on each node, where nobody uses it any more."""
+    asked = [
+        ray.remote(num_cpus=0, max_retries=0)(remove)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(name, patience_s=LEAVES_S)
+        for node in nodes
+    ]
+    ray.wait(asked, num_returns=len(asked), timeout=2 * LEAVES_S)
