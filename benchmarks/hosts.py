@@ -1,7 +1,8 @@
 """Several hosts on one machine, for tests and benchmarks of clusters; needs Linux and root.
 
 A host is a set of kernel namespaces: its network, processes, name and shared memory are its own.
-Files are those of the machine, as on a file system that all hosts share; /tmp/ray alone is apart.
+Files are those of the machine, as on a file system that all hosts share; /tmp/ray is apart, and a
+folder more where one is asked for.
 Hosts hang on a switch, which is one more network namespace. All of it ends with the process that
 made it, however that ends: a namespace lives as long as its first process, and that one ends when
 nobody holds its standard input any more.
@@ -39,6 +40,7 @@ mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p -m 1777 /tmp/ray
 mount --bind "$2/$1" /tmp/ray
+if [ "$5" ]; then mount --bind "$2/$1.apart" "$5"; fi
 ip link set lo up
 exec "$3" -c "$4"
 """
@@ -66,11 +68,12 @@ class Hosts:
     """Hosts 1 to `count`, up inside the `with`, which raises `NoHosts` where none can be made.
 
     This machine reaches them at `address`, and they each other by the names host1, host2, … too.
-    `folder` has their logs, host1.log and so on.
+    `folder` has their logs, host1.log and so on. `apart` is a folder that each host has for itself;
+    `own` says where this machine sees it.
     """
 
-    def __init__(self, count: int) -> None:
-        self.numbers = range(1, count + 1)
+    def __init__(self, count: int, *, apart: Path | None = None) -> None:
+        self.numbers, self._apart = range(1, count + 1), apart
         self._first: dict[int, subprocess.Popen[str]] = {}  # of each host that is up
 
     def __enter__(self) -> Self:
@@ -94,6 +97,9 @@ class Hosts:
 
     def address(self, number: int) -> str:
         return NETWORK.format(self._network, number)
+
+    def own(self, number: int) -> Path:
+        return self.folder / f"host{number}.apart"
 
     # -- processes -------------------------------------------------------------------------------
 
@@ -146,9 +152,10 @@ class Hosts:
     def power_on(self, number: int) -> None:
         """With nothing running on it."""
         name = f"host{number}"
-        (self.folder / name).mkdir(exist_ok=True)
+        for folder in (self.folder / name, self.own(number)):
+            folder.mkdir(exist_ok=True)
         apart = ["unshare", *NAMESPACES, "--mount-proc", "--fork", "--kill-child"]
-        arguments = [name, self.folder, sys.executable, FIRST_PROCESS]
+        arguments = [name, self.folder, sys.executable, FIRST_PROCESS, self._apart or ""]
         first = _started([*apart, "sh", "-ec", HOST, "sh", *arguments])
         self._first[number] = first
         self._plug_in(number, pid=self._pid(number))

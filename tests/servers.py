@@ -1,7 +1,8 @@
-"""Real servers for tests: a PostgreSQL of one's own, started and ended with the tests."""
+"""Real servers for tests: a PostgreSQL and an S3 of one's own, started and ended with the tests."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -10,8 +11,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from orchestrator.storage import open_uri
 
 UNPRIVILEGED = ("postgres", "nobody")  # PostgreSQL refuses to run as root
 STARTS_S = 60
@@ -82,3 +86,36 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    """A server of S3's protocol, which forgets all when the tests end."""
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = moto.ThreadedMotoServer(ip_address="0.0.0.0", port=free_port(), verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a bucket of its own; the environment says where, and has the credentials."""
+    _, port = s3_server.get_host_and_port()
+    for name, value in s3_environment("127.0.0.1", port).items():
+        monkeypatch.setenv(name, value)
+    bucket = f"s3://bucket-{uuid.uuid4().hex}"
+    open_uri(bucket)[0].mkdir(bucket)
+    return bucket
+
+
+def s3_environment(host: str, port: int) -> dict[str, str]:
+    """What a process has to be started with to use the server."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "tester",
+        "AWS_SECRET_ACCESS_KEY": "of-no-worth",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }

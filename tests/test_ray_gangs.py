@@ -57,6 +57,7 @@ def gangs(cluster: ray_cluster.Cluster, tmp_path: Path) -> Iterator[Callable[...
                 SimpleNamespace(id=model) for model in ("toy", *resources.get("per_model", {}))
             ],
             resources=Resources(**resources),
+            storage=None,
             target=Target(),
             resolved=lambda: {"problems": problems},
         )
