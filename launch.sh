@@ -154,7 +154,7 @@ run_tests() {
         install_system
     fi
     if [[ "$use_venv" == true ]]; then
-        current test || install test "[deepspeed,demo,dev,jobs,postgresql,tune]"
+        current test || install test "[deepspeed,demo,dev,jobs,postgresql,s3,tune]"
         python="$venv/bin/python"
     else
         report_torch "$python"

@@ -106,6 +106,11 @@ class Bench:
         self._sessions: dict[str, Session] = {}
 
     @property
+    def has_own_folder(self) -> bool:
+        """Whether what lies here is a copy of what the storage has."""
+        return self.storage is not None and self.folder != Path(self.recipe.output_dir)
+
+    @property
     def is_timed_here(self) -> bool:
         """Whether speed and memory taken on this machine count."""
         return self.timed_on in ("", fingerprint())

@@ -162,6 +162,13 @@ def run(
         bool,
         typer.Option("--strict", help="End with status 1 if a trial failed with reason `error`."),
     ] = False,
+    join: Annotated[
+        bool,
+        typer.Option(
+            "--join",
+            help="Where another driver runs the study, do part of its works, and go on where it ends.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the study, or go on with it, and print its front."""
@@ -176,6 +183,7 @@ def run(
         _print_json(tried) if as_json else out.print(dry_run_table(tried))
         raise typer.Exit(OK if tried["works"] else NO_FRONT)
 
+    from orchestrator.guest import help_out
     from orchestrator.ledger import Held, LeaseLost
     from orchestrator.report.terminal import Progress, front_table
     from orchestrator.study import Study
@@ -184,6 +192,8 @@ def run(
     progress = Progress(loaded.objectives, console=err)
     try:
         with progress:
+            if join:
+                help_out(loaded, device=device, tell=progress.note)
             front = Study(loaded, watch=progress, device=device).run()
     except (NoBaseline, Held, LeaseLost) as error:
         _say_failure(str(error))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -24,10 +26,10 @@ from orchestrator.bench import Bench
 from orchestrator.measure.again import speeds, time_together
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
-from orchestrator.run_trial import measure_test, run_baseline, run_trial
+from orchestrator.run_trial import DISK_IS_FULL, measure_test, run_baseline, run_trial
 from orchestrator.stages import Claim
 from orchestrator.training import Crew, join_ranks
-from orchestrator.trial import Result, Work
+from orchestrator.trial import Result, TrialResult, Work
 
 Note = Callable[[str], None]
 LIBRARIES = ("torch.nn", "torch.optim", "transformers", "accelerate")  # may be patched by a plug-in
@@ -74,9 +76,12 @@ def _hand_in(work: Work, result: Result, bench: Bench) -> None:
     home = bench.folder / "trials" / result.trial_id
     if work.kind == "baseline":
         home = bench.recipe.baseline_folder(bench.folder, work.model)
-    if result.artifact and result.sha256:
-        bench.storage.send(home / result.artifact, version=result.sha256)
     bench.storage.publish([home / "log.txt"])
+    if result.artifact and result.sha256:
+        artifact = home / result.artifact
+        bench.storage.send(artifact, version=result.sha256)
+        if work.kind == "trial" and bench.has_own_folder:  # few are asked for again
+            shutil.rmtree(artifact)
 
 
 def _perform(work: Work, bench: Bench, note: Note) -> Result:
@@ -153,9 +158,14 @@ class Worker:
         return self.bench.facts()
 
     def do(self, work: Work, note: Note) -> Result:
-        """Raises `DamagedArtifact`, and FileNotFoundError where the study's folder is not seen."""
+        """Raises `DamagedArtifact`, FileNotFoundError where the study's folder is not seen, and
+        OSError (ENOSPC) where this machine's own disk is full."""
         self.check_folder()
-        return perform(work, self.bench, note)
+        result = perform(work, self.bench, note)
+        is_full = isinstance(result, TrialResult) and result.message.startswith(DISK_IS_FULL)
+        if is_full and self.bench.has_own_folder:
+            raise OSError(errno.ENOSPC, DISK_IS_FULL)
+        return result
 
     def check_folder(self) -> None:
         """Raises FileNotFoundError where the study's folder is not seen."""

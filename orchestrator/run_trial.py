@@ -57,6 +57,7 @@ from orchestrator.trial import (
 )
 
 TRAINED_VERSION = 2
+DISK_IS_FULL = "the disk is full"
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "bad allocation",
@@ -371,7 +372,7 @@ def explain(error: Exception) -> tuple[Reason, str]:
         return Reason.OOM, text if text.startswith("out of memory") else f"out of memory: {text}"
     is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if is_full or "No space left on device" in text:
-        return Reason.ERROR, f"the disk is full: {text}"
+        return Reason.ERROR, f"{DISK_IS_FULL}: {text}"
     return Reason.ERROR, f"{type(error).__name__}: {text}"
 
 

@@ -21,6 +21,7 @@ from orchestrator.disk import Disk
 from orchestrator.dispatch import Dispatch, Ended, Next
 from orchestrator.front import Json, Outcome
 from orchestrator.launch import Launcher, Lost, Told, make_launcher
+from orchestrator.launch.guests import WithGuests
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import (
@@ -32,6 +33,7 @@ from orchestrator.manifest import (
     read_manifest,
     write_manifest,
 )
+from orchestrator.offers import Offers
 from orchestrator.outcomes import Outcomes, folder_of
 from orchestrator.recipe import Recipe
 from orchestrator.references import dense_int8, first_layers, random_twin
@@ -170,6 +172,9 @@ class Study:
         except BaseException:
             self.launcher.close()
             raise
+        if self.recipe.ledger:
+            offers = Offers(self.recipe.ledger, self.ledger.study)
+            self.launcher = WithGuests(self.launcher, offers)
         self.dispatch = Dispatch(
             self.launcher,
             self.ledger,

@@ -150,7 +150,7 @@ def test_run_without_a_recipe_is_bad_input(clone):
 def test_tests_get_their_extras_and_their_arguments(clone):
     done = clone.launch("test", "-k", "a or b")
     assert done.stdout.splitlines() == ["-m", "pytest", "-ra", "--durations=10", "-k", "a or b"]
-    assert clone.installs()[0].endswith("-e .[deepspeed,demo,dev,jobs,postgresql,tune]")
+    assert clone.installs()[0].endswith("-e .[deepspeed,demo,dev,jobs,postgresql,s3,tune]")
     assert clone.launch("test").stdout and clone.installs() == []
     assert clone.launch("front").stdout and clone.installs() == []
 
@@ -158,7 +158,7 @@ def test_tests_get_their_extras_and_their_arguments(clone):
 def test_a_run_before_the_tests_does_not_stand_in_for_their_extras(clone):
     clone.launch()
     clone.launch("test")
-    assert clone.installs()[0].endswith("-e .[deepspeed,demo,dev,jobs,postgresql,tune]")
+    assert clone.installs()[0].endswith("-e .[deepspeed,demo,dev,jobs,postgresql,s3,tune]")
 
 
 def test_no_venv_uses_the_active_python_as_it_is(clone):

@@ -118,6 +118,25 @@ def test_two_works_run_at_the_same_time(gangs):
     assert len({event.result["pid"] for event in events}) == 2
 
 
+def test_of_gangs_that_want_the_same_result_one_makes_it_at_a_time(gangs, tmp_path):
+    launcher = gangs(cpus_per_trial=1)
+    for key in ("a", "b", "c"):
+        launcher.start(do("make it", key))
+    assert all(isinstance(event, Done) for event in ended(launcher, 3))
+    assert (tmp_path / "it").read_text() == "begins\nends\n" * 3
+
+
+def test_what_a_worker_that_dies_was_making_the_next_one_makes(gangs, tmp_path):
+    launcher = gangs(cpus_per_trial=1)
+    launcher.start(do("make it and die", "dies"))
+    events: list[Event] = []
+    until(lambda: events.extend(launcher.wait(0.1)) or (tmp_path / "it").exists())
+    launcher.start(do("make it", "lives"))
+    events += ended(launcher, 2 - len(events))
+    assert {event.work.key: type(event) for event in events} == {"dies": Lost, "lives": Done}
+    assert (tmp_path / "it").read_text() == "begins\nbegins\nends\n"
+
+
 def test_a_gang_is_kept_and_left_clean_after_each_work(gangs):
     launcher = gangs()
     first, second = run(launcher, "answer"), run(launcher, "answer")

@@ -73,6 +73,18 @@ class ToyWorker:
             assert time.monotonic() < deadline, f"no {file}"
             time.sleep(0.02)
 
+    def make(self, argument: str) -> None:
+        """A result that others may want too: `NAME`, or `NAME and die` with it half made."""
+        name, _, dies = argument.partition(" ")
+        with self.claim(name):  # type: ignore[attr-defined]  # which Ray's worker gives it
+            with (self.folder / name).open("a") as log:
+                log.write("begins\n")
+            time.sleep(0.5)
+            if dies:
+                os._exit(1)
+            with (self.folder / name).open("a") as log:
+                log.write("ends\n")
+
     def hang(self, argument: str) -> None:
         (self.folder / "pid").write_text(str(os.getpid()))
         child = subprocess.Popen(["sleep", "600"])

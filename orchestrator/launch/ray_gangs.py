@@ -7,6 +7,7 @@ the next, and replaced when it fails, grows or has done its share.
 from __future__ import annotations
 
 import atexit
+import errno
 import math
 import os
 import secrets
@@ -71,13 +72,15 @@ GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it s
 class Answer:
     """What a worker hands back: a value, or the problems in its way; its size afterwards.
 
-    A gang that `is_broken` has ranks which wait for something that will not come.
+    A gang that `is_broken` has ranks which wait for something that will not come. What `has_no_disk`
+    may be done where there is more.
     """
 
     value: Any = None
     problems: tuple[str, ...] = ()
     rss_mb: float = 0.0
     is_broken: bool = False
+    has_no_disk: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,17 @@ class RayWorker:
         self._say()
         value: Any = None
         problems: tuple[str, ...] = ()
+        has_no_disk = False
         try:
             value = self.worker.do(work, lambda stage: self._say(stage=stage))
         except Exception as error:
             problems = (_explained(error),)
+            has_no_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
         self._work = None
         if self.worker.is_broken:
             return Answer(value, problems, is_broken=True)
         self.worker.reset()
-        return Answer(value, problems, self.worker.rss_mb())
+        return Answer(value, problems, self.worker.rss_mb(), has_no_disk=has_no_disk)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[None]:
@@ -665,6 +670,10 @@ class RayGangs:
             answer: Answer = ray.get(gang.answer)
         except RayError as error:
             return self._lose(gang, error)
+        if answer.has_no_disk:
+            message = answer.problems[0] + self._blame(gang)
+            self._end(gang)
+            return [Lost(work, Reason.ERROR, message)]
         gang.finish()
         self._grant(self._claims.forget(gang))  # whose last news nobody listens to
         if gang.only_node and not answer.is_broken:

@@ -32,9 +32,10 @@ def survey(nodes: Sequence[Node], folder: str | None) -> Survey:
         facts[name] = answer | {"clock_off_s": answer.pop("off_s")}
     addresses = {names[node["NodeID"]]: node["NodeManagerAddress"] for node in nodes}
     places = {name: (addresses[name], each["port"]) for name, each in facts.items()}
+    left = [name for name, each in facts.items() if not each["storage"]]  # marks
     asked = {
         name: there[name].sees.remote(
-            folder, list(facts), {n: place for n, place in places.items() if n != name}
+            folder, left, {n: place for n, place in places.items() if n != name}
         )
         for name in facts
     }
