@@ -15,7 +15,7 @@ from orchestrator.front import Json, Outcome
 from orchestrator.launch import Lost
 from orchestrator.outcomes import folder_of
 from orchestrator.report import write_report
-from orchestrator.stages import write_atomically
+from orchestrator.stages import GOING, write_atomically
 from orchestrator.trial import (
     Measurement,
     NoBaseline,
@@ -88,7 +88,7 @@ class Conclusion:
         stages = self.study.folder / "stages"
         found = {*stages.glob("*"), *(self.storage.below(stages) if self.storage else ())}
         for folder in found:
-            if folder.name.partition("-")[0] in LARGE_STAGES:
+            if folder.name.partition("-")[0] in LARGE_STAGES or folder.name.startswith(GOING):
                 shutil.rmtree(folder, ignore_errors=True)
                 if self.storage:
                     self.storage.remove(folder)

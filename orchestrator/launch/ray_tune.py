@@ -83,6 +83,9 @@ def _about(recipe: str | Path | Recipe, *, num_rungs: int = 1, device: str | Non
     """Raises `BadInput` with all that is wrong with the recipe, its data and its models."""
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    if recipe.storage:
+        rule = "Tune's trials share output_dir, and take their artifacts from there; leave it out."
+        raise BadInput([f"storage: {rule}"])
     folder = Path(recipe.output_dir).resolve()
     check_writable(folder)
     facts = open_study(folder, recipe) or facts_of(recipe)
