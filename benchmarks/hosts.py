@@ -240,6 +240,15 @@ class Hosts:
                     said = (self.folder / f"host{number}.log").read_text()
                     raise RuntimeError(f"Ray does not start on host {number}: {said[-2000:]}")
 
+    def give_notice(self, number: int, *, seconds: int) -> None:
+        """Tell Ray that a host is about to be taken away; whether it is then is another matter."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the price has risen"]
+        when = f"--deadline-remaining-seconds={seconds}"
+        done = self.run(number, [*command, f"--address={self.ray_address}", *why, when])
+        if done.returncode:
+            raise RuntimeError(f"no notice can be given of host {number}: {done.stderr}")
+
     def _start_ray(
         self, number: int, options: Sequence[str], settings: dict[str, str]
     ) -> subprocess.Popen[bytes]:

@@ -29,6 +29,7 @@ from orchestrator.dense import Dense, make_dense
 from orchestrator.finetune import FinetuneOptions, uses_bf16
 from orchestrator.lessons import Lesson, Source, open_lesson, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
+from orchestrator.notice import Notice
 from orchestrator.plugins import find
 from orchestrator.predict import predict, row_lengths
 from orchestrator.problems import raise_if
@@ -64,7 +65,7 @@ class Bench:
 
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
-    how a trial's training goes.
+    how a trial's training goes; after `notice` it goes on elsewhere.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Bench:
         self.crew: Crew | None = None
         self.pieces = 1
         self.rungs: Rungs | None = None
+        self.notice = Notice()
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from orchestrator.alone import this_host
 from orchestrator.bench import Bench
 from orchestrator.measure.again import speeds, time_together
+from orchestrator.notice import Notice
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import measure_test, run_baseline, run_trial
@@ -83,13 +84,14 @@ class Worker:
         if device is None and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         self._recipe, self._folder, self._device = recipe, Path(folder), device
-        self._limits = limits
+        self._limits, self._notice = limits, Notice()
         self._clean = Clean()
 
     @cached_property
     def bench(self) -> Bench:
         recipe = Recipe.from_resolved(self._recipe, output_dir=self._folder)
         bench = Bench(recipe, self._folder, device=self._device, **self._limits)
+        bench.notice = self._notice
         options = [recipe.resources.of(model.id) for model in recipe.models]
         if self._size > 1 or any(each.strategy_name != "single" for each in options):
             waits = recipe.resources.collective_timeout_s
@@ -114,7 +116,7 @@ class Worker:
         return self.bench.facts()
 
     def do(self, work: Work, note: Note) -> Result:
-        """Raises `DamagedArtifact`, and FileNotFoundError where the study's folder is not seen."""
+        """Raises `DamagedArtifact`, `Preempted`, and FileNotFoundError where the study's folder is not seen."""
         self.check_folder()
         return perform(work, self.bench, note)
 
@@ -125,6 +127,10 @@ class Worker:
                 f"{os.uname().nodename} does not see the study's folder {self._folder}: "
                 "output_dir has to be on a file system that all nodes share"
             )
+
+    def leave(self) -> None:
+        """Its machine is about to be taken away: what it trains writes a checkpoint and ends."""
+        self._notice.give()
 
     def reset(self) -> None:
         """Leave nothing of a work behind but what all works share."""

@@ -22,6 +22,7 @@ from typing import Any
 from orchestrator.trial import content_hash
 
 SEAL = "stage.json"
+GOING = ".going-"  # how names of folders begin from which an interrupted training goes on
 POLL_S = 0.05
 
 
@@ -108,7 +109,7 @@ class Stages:
 
     def beside(self, stage: str, inputs: dict[str, Any], *, version: int) -> Path:
         """A folder for what is not a result yet; whoever builds it removes it."""
-        return self.folder / f".going-{self._folder_of(stage, inputs, version).name}"
+        return self.folder / f"{GOING}{self._folder_of(stage, inputs, version).name}"
 
     def _folder_of(self, stage: str, inputs: dict[str, Any], version: int) -> Path:
         key = content_hash({"stage": stage, "version": version, "inputs": inputs})

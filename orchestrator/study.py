@@ -30,7 +30,7 @@ from orchestrator.references import dense_int8, first_layers, random_twin
 from orchestrator.report import wording
 from orchestrator.search import Ask
 from orchestrator.signature import Signature
-from orchestrator.stages import write_atomically
+from orchestrator.stages import GOING, write_atomically
 from orchestrator.trial import (
     Kind,
     Measurement,
@@ -174,7 +174,8 @@ class Study:
             ledger.take()
             open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
             for left in (self.folder / "stages").glob(".*"):  # by workers that were killed
-                shutil.rmtree(left, ignore_errors=True)
+                if not left.name.startswith(GOING):
+                    shutil.rmtree(left, ignore_errors=True)
             if not (self.folder / "recipe.yaml").exists():
                 write_atomically(self.folder / "recipe.yaml", self.recipe.source)
             write_manifest(self.folder, self.recipe, self.facts)

@@ -35,7 +35,7 @@ from orchestrator.rungs import Rungs, Telling
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
 from orchestrator.strategies import Strategy, make_strategy
-from orchestrator.trial import Diverged, Frozen, content_hash
+from orchestrator.trial import Diverged, Frozen, Preempted, content_hash
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
@@ -81,11 +81,11 @@ def train(
 
     It goes on from `earlier`, or from further along where it was interrupted: `going` is the folder
     that is kept for it meanwhile. The optimizer's state comes too if it `gathers`. Raises
-    `Diverged`, and whatever `rungs` raise.
+    `Diverged`, `Preempted`, and whatever `rungs` raise.
     """
     if bench.pieces > 1:
         check_pieces(assignment)
-    saver = Saver(going, bench.recipe.resources.save_steps) if going else None
+    saver = Saver(going, bench.recipe.resources.save_steps, bench.notice) if going else None
     last = saver.last() if saver else None
     if last and (earlier is None or last.step > earlier.step):
         earlier = last
@@ -280,7 +280,7 @@ class Crew:
         gathers: bool,
         rungs: Rungs | None,
     ) -> tuple[TrainingReport, Gathered | None]:
-        """`train`, as rank 0 of all. `rungs` are told the loss alone. Raises `Diverged`."""
+        """`train`, as rank 0 of all. `rungs` are told the loss alone. Raises what that does."""
         if self.is_broken:
             raise RuntimeError("a rank of this gang has failed: the others do not listen any more")
         encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
@@ -325,7 +325,7 @@ class Crew:
     def follow(self, bench: Bench, *, after_each: Callable[[], None] = lambda: None) -> None:
         """Do this rank's part of every training that rank 0 leads, until it dismisses."""
         while order := self.ranks.told(group=self._orders):
-            with suppress(Diverged):  # on every rank at the same step
+            with suppress(Diverged, Preempted):  # on every rank at the same step
                 self._do(Part.model_validate_json(order), bench, None)
             after_each()
         torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter
@@ -360,7 +360,7 @@ class Crew:
         if part.earlier:
             earlier = Earlier(Path(part.earlier), part.step, part.progress, is_placed=True)
         if part.going:
-            saver = Saver(Path(part.going), bench.recipe.resources.save_steps)
+            saver = Saver(Path(part.going), bench.recipe.resources.save_steps, bench.notice)
         try:
             report, state_of_optimizer = _finetuned(
                 model,
@@ -376,7 +376,7 @@ class Crew:
                 pieces=part.pieces,
                 told=told,
             )
-        except Diverged:
+        except (Diverged, Preempted):
             self.is_broken = False
             raise
         finally:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import tiny_study
 import yaml
+from waiting import until
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
@@ -141,6 +142,25 @@ def test_a_driver_killed_at_any_moment(engine, undisturbed, tmp_path):
     final = measurements(recipe)
     assert set(final) == trials and known.items() <= final.items()
     assert front["trials"]["failed"] == 0
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_from_its_checkpoint_under_the_next_driver(tmp_path):
+    space = {"prune": "none", "finetune": {"learning_rate": 1e-3, "max_steps": 400}}
+    alone = {"dense_int8": False, "first_layers": [], "random_twin": False}
+    resources = {"engine": "inline", "save_steps": 50}
+    recipe = tiny_study.write_recipe(tmp_path, space=space, references=alone, resources=resources)
+    driver = start(recipe)
+    until(lambda: list(tmp_path.glob("study/stages/.going-trained-*/step-*")))
+    kill_driver(driver)
+    finish(recipe)
+    [trial] = [
+        event
+        for event in events(recipe)
+        if event.payload.get("role") == "trial" and event.kind == "finished"
+    ]
+    assert trial.payload["result"]["details"]["training"]["resumed_at"] >= 50
+    assert not list(tmp_path.glob("study/stages/.*"))
 
 
 @pytest.mark.slow
