@@ -1,7 +1,8 @@
 """Several hosts on one machine, for tests and benchmarks of clusters; needs Linux and root.
 
 A host is a set of kernel namespaces: its network, processes, name and shared memory are its own.
-Files are those of the machine, as on a file system that all hosts share; /tmp/ray alone is apart.
+Files are those of the machine, as on a file system that all hosts share; apart are /tmp/ray and
+the two files by which who measures is alone on a host.
 Hosts hang on a switch, which is one more network namespace. All of it ends with the process that
 made it, however that ends: a namespace lives as long as its first process, and that one ends when
 nobody holds its standard input any more.
@@ -39,6 +40,10 @@ mount --bind "$2/hosts" /etc/hosts
 mount -t tmpfs tmpfs /dev/shm
 mkdir -p -m 1777 /tmp/ray
 mount --bind "$2/$1" /tmp/ray
+for lock in slimtune-0.wanted slimtune-0.busy; do
+  touch "/tmp/$lock" "$2/$1.$lock"
+  mount --bind "$2/$1.$lock" "/tmp/$lock"
+done
 ip link set lo up
 exec "$3" -c "$4"
 """

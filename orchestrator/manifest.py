@@ -23,13 +23,15 @@ OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
 def read_manifest(folder: Path) -> Json | None:
     """manifest.json of a study's folder; None for a folder that is new or empty.
 
-    Raises `BadInput` for a folder that holds something else.
+    Raises `BadInput` for a folder that holds something else. Hidden files do not count: a driver
+    that was killed at its start leaves some.
     """
     path = folder / NAME
     if path.is_file():
         return _parsed_manifest(path)
     found = folder.iterdir() if folder.is_dir() else ()
-    unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
+    seen = {path.name for path in found if not path.name.startswith(".")}
+    unknown = sorted(seen - OWN_NAMES)
     if unknown:
         raise BadInput(
             [

@@ -29,7 +29,7 @@ UNITS = {"method": "structured", "heads": 0.5, "neurons": 0.5}
 ROUNDED = {"scheme": "W8A8", "qat": True}
 SAVE_STEPS = 40  # more than the baseline has steps
 NOTICED_S = 10
-STEPS = 1500  # of a training that is still on its way when notice is given
+STEPS = 1000  # of a training that is still on its way when notice is given
 PROBE = "import socket, sys; socket.create_connection((sys.argv[1], 22), 2)"
 
 
@@ -262,7 +262,7 @@ def begun(study: Path, stage: str) -> bool:
     """Whether a trial has come to that stage."""
     return any(
         event.payload["stage"] == stage and not event.key.startswith("baseline")
-        for event in (events(study, "stage") if (study / "ledger").exists() else [])
+        for event in (events(study, "stage") if (study / "manifest.json").exists() else [])
     )
 
 

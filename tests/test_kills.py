@@ -269,3 +269,12 @@ def test_a_front_half_written_is_written_again(tmp_path):
     (study / "front.json").write_text((study / "front.json").read_text()[:100])
     again = finish(recipe)
     assert [p["metrics"] for p in again["points"]] == [p["metrics"] for p in whole["points"]]
+
+
+@pytest.mark.slow
+def test_a_driver_killed_as_it_begins_leaves_nothing_in_the_way_of_the_next(tmp_path):
+    recipe = tiny_study.write_recipe(tmp_path, space={"finetune": {"max_steps": 2}})
+    for left in (".doctor/host2", ".manifest.json.17"):  # not whole yet when it was killed
+        (tmp_path / "study" / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "study" / left).touch()
+    assert finish(recipe)["points"]

@@ -517,10 +517,20 @@ class RayGangs:
     def _avoids(self, shape: Shape, work: str) -> dict[str, str]:
         """A label selector against nodes on which a work was lost, where others have room for it."""
         avoided = self._suspects.avoided(work)
-        others = [node for node in self._nodes() if node["NodeID"] not in avoided]
-        if not avoided or capacity(shape, self.resources, others) == 0:
+        if self._are_full(self._others(avoided), shape):
+            avoided = self._suspects.avoided(work, others_are_full=True)
+        if not avoided or capacity(shape, self.resources, self._others(avoided)) == 0:
             return {}
         return not_on_nodes(avoided)
+
+    def _others(self, avoided: set[str]) -> list[Node]:
+        return [node for node in self._nodes() if node["NodeID"] not in avoided]
+
+    def _are_full(self, nodes: Sequence[Node], shape: Shape) -> bool:
+        """Whether this study's gangs leave no place on them for one more; one yet to be placed may be there."""
+        names = {node["NodeID"] for node in nodes}
+        there = [g for g in self.gangs if not g.known_nodes or not names.isdisjoint(g.known_nodes)]
+        return len(there) >= capacity(shape, self.resources, nodes)
 
     def _new_gang(self, shape: Shape, work: str = "") -> Gang:
         """In the place of idle ones where the study may have no more."""
