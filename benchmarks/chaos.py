@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -41,11 +42,13 @@ Json = dict[str, Any]
 HOLD_S, NUM_STEPS, SAVE_STEPS = 8.0, 16, 4  # of a trial's training
 PAUSE_S = (8.0, 25.0)  # between the end of one disturbance and the next
 AWAY_S = (3.0, 12.0)  # that power, a link or the disk is away
+FULL_S = (15.0, 40.0)  # that the disk is full
 LONG_S = 60.0  # that the disk is away now and then
 NOTICE_S = 20  # before a host is taken away
 PATIENCE_S = 30.0  # within which a loss is told of, if there was one
 LIMIT_S = 300.0  # within which the study has to get on again
 TAIL_S = 1200.0  # within which it ends, once nothing disturbs it any more
+WHOLE_RUNS = 10  # that come to an end without all trials before that is believed
 REFUSED_IN_A_ROW = 5  # that the command is given before its message is believed
 STORE_MB, REDIS_PORT = 600, 6390
 WORKER, DRIVER, RAYLET = "ray::RayW[o]rker", "orchestrator[.]cli", "[r]aylet/raylet"
@@ -64,34 +67,47 @@ print(json.dumps(sum(state != "REMOVED" for state in states)))
 class Study:
     """A recipe, its folder, and the driver that runs it on one host; started again where it ends early.
 
-    `ended` holds the times at which a driver was found to have ended, with its exit status.
+    `ended` says when each driver ended, and with which exit status.
     """
 
     def __init__(self, home: Path, num_trials: int, hosts: Hosts, rng: random.Random) -> None:
-        self.hosts, self.home, self.rng = hosts, home, rng
+        self.hosts, self.home, self.num_trials, self.rng = hosts, home, num_trials, rng
         self.folder = home / "store" / "study"
         self.recipe = write_recipe(home, self.folder, num_trials, address=hosts.ray_address)
         self.log = home / "driver.log"
         self.num_started, self.place = 0, 1
         self.ended: list[tuple[float, int]] = []
-        self.driver: subprocess.Popen[bytes] | None = None
 
     def keep_running(self) -> bool:
-        """Start a driver unless one runs; False once the study has come to its end."""
-        if self.driver is not None:
-            status = self.driver.poll()
-            if status is None:
-                return True
-            self.ended.append((time.time(), status))
-            if status == 0:
+        """Start a driver unless one runs; False once the study has come to its end.
+
+        It ends early, and says so, where the disk is full; and a trial that failed for that is
+        tried again when the command is given again.
+        """
+        if len(self.ended) < self.num_started:
+            return True
+        if self.ended:
+            num_whole = sum(status == 0 for _, status in self.ended)
+            if self.ended[-1][1] == 0 and (self.is_complete() or num_whole > WHOLE_RUNS):
                 return False
             if [s for _, s in self.ended[-REFUSED_IN_A_ROW:]] == [2] * REFUSED_IN_A_ROW:
                 raise RuntimeError(self.log.read_text()[-2000:])
             self.place = self.rng.choice(list(self.hosts.numbers))
         self.num_started += 1
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.recipe)]
-        self.driver = self.hosts.start(self.place, command, log=self.log, PYTHONPATH=PYTHON_PATH)
+        driver = self.hosts.start(self.place, command, log=self.log, PYTHONPATH=PYTHON_PATH)
+        threading.Thread(target=self._watch, args=[driver], daemon=True).start()
         return True
+
+    def _watch(self, driver: subprocess.Popen[bytes]) -> None:
+        status = driver.wait()
+        self.ended.append((time.time(), status))
+
+    def is_complete(self) -> bool:
+        """Whether every trial has completed."""
+        results = dict(finished(self.folder))
+        completed = [key for key, each in results.items() if each["status"] == "completed"]
+        return len(completed) > self.num_trials  # and the baseline
 
     def events(self) -> list[Event]:
         if not (self.folder / "manifest.json").exists():
@@ -247,7 +263,7 @@ class Chaos:
         store = self.study.folder.parent
         free = shutil.disk_usage(store).free
         subprocess.run(["fallocate", "-l", str(max(free - 4096, 4096)), str(store / "filler")])
-        self.wait()
+        time.sleep(self.rng.uniform(*FULL_S))
         (store / "filler").unlink(missing_ok=True)
 
     def wait(self) -> None:
