@@ -49,6 +49,7 @@ PATIENCE_S = 30.0  # within which a loss is told of, if there was one
 LIMIT_S = 300.0  # within which the study has to get on again
 TAIL_S = 1200.0  # within which it ends, once nothing disturbs it any more
 WHOLE_RUNS = 10  # that come to an end without all trials before that is believed
+STARTS = 3  # of Ray on a host, before that is given up
 REFUSED_IN_A_ROW = 5  # that the command is given before its message is believed
 STORE_MB, REDIS_PORT = 600, 6390
 WORKER, DRIVER, RAYLET = "ray::RayW[o]rker", "orchestrator[.]cli", "[r]aylet/raylet"
@@ -184,10 +185,24 @@ class Chaos:
 
     def start_ray(self) -> None:
         self.start_head()
-        self.hosts.start_ray(2, 3, **SETTINGS)
+        self.start(2, 3)
 
     def start_head(self) -> None:
-        self.hosts.start_ray(1, **SETTINGS, **self.redis)
+        self.start(1, **self.redis)
+
+    def start(self, *numbers: int, **settings: str) -> None:
+        """Ray on these hosts; where it does not come up in its time, as on a busy machine, again."""
+        for attempt in range(STARTS):
+            try:
+                return self.hosts.start_ray(*numbers, **SETTINGS, **settings)
+            except RuntimeError:
+                if attempt == STARTS - 1:
+                    raise
+            for number in numbers:
+                self.stop(number)
+
+    def stop(self, number: int) -> None:
+        self.hosts.run(number, [*RAY, "stop", "--force"])
 
     def signal_worker(self, signal: str) -> None:
         """One of a host that has any; every host has room for one gang."""
@@ -214,7 +229,7 @@ class Chaos:
 
     def power_on(self, number: int) -> None:
         self.hosts.power_on(number)
-        self.hosts.start_ray(number, **SETTINGS)
+        self.start(number)
 
     def link_cut(self) -> None:
         """Longer than Ray waits, mostly: the node is given up, and has to come again."""
@@ -224,7 +239,7 @@ class Chaos:
         self.hosts.mend(number)
         time.sleep(8)  # what was given up meanwhile ends itself
         if self.hosts.run(number, ["pgrep", "-f", RAYLET]).returncode:
-            self.hosts.start_ray(number, **SETTINGS)
+            self.start(number)
 
     def driver_killed(self) -> None:
         self.hosts.run(self.study.place, ["pkill", "-KILL", "-f", DRIVER])
@@ -237,8 +252,8 @@ class Chaos:
         self.hosts.power_on(1)
         self.start_head()
         for number in (2, 3):
-            self.hosts.run(number, [*RAY, "stop", "--force"])
-        self.hosts.start_ray(2, 3, **SETTINGS)
+            self.stop(number)
+        self.start(2, 3)
 
     def forget(self) -> None:
         """All that Redis has."""
