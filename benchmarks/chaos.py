@@ -194,7 +194,8 @@ class Chaos:
         """Ray on these hosts; where it does not come up in its time, as on a busy machine, again."""
         for attempt in range(STARTS):
             try:
-                return self.hosts.start_ray(*numbers, **SETTINGS, **settings)
+                self.hosts.start_ray(*numbers, **SETTINGS, **settings)
+                return
             except RuntimeError:
                 if attempt == STARTS - 1:
                     raise
