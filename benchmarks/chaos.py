@@ -3,10 +3,13 @@
     python benchmarks/chaos.py [--minutes M] [--seed S] [--quick] [--json FILE]
 
 Trials hold their worker for some seconds, train a tiny model and write real artifacts. Meanwhile
-workers are killed and stopped, hosts lose power, links are cut, the driver is killed, the head of
-the cluster goes down, and the study's disk freezes or fills up; what an operator or a scheduler would do is
-done: power comes back, Ray is started again, and the same command is given again. In the end the
-two ledgers are compared by compare_ledgers.py. Needs Linux and root (see hosts.py).
+workers are killed and stopped, hosts lose power or are taken away on notice, links are cut, the
+driver is killed, the head of the cluster goes down, and the study's disk freezes or fills up. What
+an operator or a scheduler would do is done: power comes back, Ray is started again, and the same
+command is given again, on any host. In the end the two ledgers are compared by compare_ledgers.py.
+
+The head keeps its state in Redis on a machine of its own. Where it is lost without Redis, as is
+said here, that state goes with it. Needs Linux and root (see hosts.py), and redis-server.
 """
 
 from __future__ import annotations
@@ -15,33 +18,48 @@ import argparse
 import json
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_ledgers import compare
-from hosts import REPOSITORY, Hosts, environment
+from compare_ledgers import compare, finished
+from hosts import OUTSIDE, REPOSITORY, Hosts, environment
 from small_study import WORDS
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
 
 Json = dict[str, Any]
-HOLD_S = 4.0  # that a trial keeps its worker beside its training
+HOLD_S, NUM_STEPS, SAVE_STEPS = 8.0, 16, 4  # of a trial's training
 PAUSE_S = (8.0, 25.0)  # between the end of one disturbance and the next
 AWAY_S = (3.0, 12.0)  # that power, a link or the disk is away
-PATIENCE_S = 25.0  # within which a loss is told of, if there was one
-LIMIT_S = 240.0  # within which the study has to get on again
-STORE_MB = 600
-WORKER = "ray::Ray[W]orker"  # a pattern that the command which looks for it does not match
+FULL_S = (15.0, 40.0)  # that the disk is full
+LONG_S = 60.0  # that the disk is away now and then
+NOTICE_S = 20  # before a host is taken away
+PATIENCE_S = 30.0  # within which a loss is told of, if there was one
+LIMIT_S = 300.0  # within which the study has to get on again
+TAIL_S = 1200.0  # within which it ends, once nothing disturbs it any more
+WHOLE_RUNS = 10  # that come to an end without all trials before that is believed
+STARTS = 3  # of Ray on a host, before that is given up
+REFUSED_IN_A_ROW = 5  # that the command is given before its message is believed
+STORE_MB, REDIS_PORT = 600, 6390
+WORKER, DRIVER, RAYLET = "ray::RayW[o]rker", "orchestrator[.]cli", "[r]aylet/raylet"
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 PYTHON_PATH = f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"
-SETTINGS = {"PYTHONPATH": PYTHON_PATH, "CHAOS_HOLD_S": str(HOLD_S)}  # of workers, as of Ray
+SETTINGS = {  # of workers, as of Ray
+    "PYTHONPATH": PYTHON_PATH,
+    "CHAOS_HOLD_S": str(HOLD_S),
+    "RAY_worker_niceness": "0",  # else all else on the machine goes before them
+}
 GROUPS = """
 import json, ray
 from ray.util import placement_group_table
@@ -52,31 +70,52 @@ print(json.dumps(sum(state != "REMOVED" for state in states)))
 
 
 class Study:
-    """A recipe, its folder, and the driver that runs it on host 1; started again where it ends early."""
+    """A recipe, its folder, and the driver that runs it on one host; started again where it ends early.
 
-    def __init__(self, home: Path, num_trials: int, hosts: Hosts) -> None:
-        self.hosts, self.home = hosts, home
+    `ended` says when each driver ended, and with which exit status.
+    """
+
+    def __init__(self, home: Path, num_trials: int, hosts: Hosts, rng: random.Random) -> None:
+        self.hosts, self.home, self.num_trials, self.rng = hosts, home, num_trials, rng
         self.folder = home / "store" / "study"
         self.recipe = write_recipe(home, self.folder, num_trials, address=hosts.ray_address)
         self.log = home / "driver.log"
-        self.num_started = 0
-        self.driver: subprocess.Popen[bytes] | None = None
+        self.num_started, self.place = 0, 1
+        self.ended: list[tuple[float, int]] = []
 
     def keep_running(self) -> bool:
-        """Start a driver unless one runs; False once the study has come to its end."""
-        if self.driver is not None and self.driver.poll() is None:
+        """Start a driver unless one runs; False once the study has come to its end.
+
+        It ends early, and says so, where the disk is full; and a trial that failed for that is
+        tried again when the command is given again.
+        """
+        if len(self.ended) < self.num_started:
             return True
-        if self.driver is not None and self.driver.returncode == 0:
-            return False
-        if self.driver is not None and self.driver.returncode == 2:
-            raise RuntimeError(self.log.read_text()[-2000:])
+        if self.ended:
+            num_whole = sum(status == 0 for _, status in self.ended)
+            if self.ended[-1][1] == 0 and (self.is_complete() or num_whole > WHOLE_RUNS):
+                return False
+            if [s for _, s in self.ended[-REFUSED_IN_A_ROW:]] == [2] * REFUSED_IN_A_ROW:
+                raise RuntimeError(self.log.read_text()[-2000:])
+            self.place = self.rng.choice(list(self.hosts.numbers))
         self.num_started += 1
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.recipe)]
-        self.driver = self.hosts.start(1, command, log=self.log, PYTHONPATH=PYTHON_PATH)
+        driver = self.hosts.start(self.place, command, log=self.log, PYTHONPATH=PYTHON_PATH)
+        threading.Thread(target=self._watch, args=[driver], daemon=True).start()
         return True
 
+    def _watch(self, driver: subprocess.Popen[bytes]) -> None:
+        status = driver.wait()
+        self.ended.append((time.time(), status))
+
+    def is_complete(self) -> bool:
+        """Whether every trial has completed."""
+        results = dict(finished(self.folder))
+        completed = [key for key, each in results.items() if each["status"] == "completed"]
+        return len(completed) > self.num_trials  # and the baseline
+
     def events(self) -> list[Event]:
-        if not (self.folder / "ledger").exists():
+        if not (self.folder / "manifest.json").exists():
             return []
         with closing(Ledger(self.folder / "ledger", ledger_key(self.folder))) as ledger:
             return list(ledger.events())
@@ -87,7 +126,7 @@ def write_recipe(home: Path, folder: Path, num_trials: int, *, address: str | No
         f"{WORDS[i % 4]} {WORDS[4 + i % 6]} {WORDS[i * 7 % 10]},{'ab'[i % 2]}" for i in range(200)
     ]
     (home / "data.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
-    finetune = {"learning_rate": 1e-3, "max_steps": 8, "logging_steps": 1, "bf16": False}
+    finetune = {"learning_rate": 1e-3, "max_steps": NUM_STEPS, "logging_steps": 1, "bf16": False}
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     ray = {"address": address, "cpus_per_trial": 1, "silence_s": 15, "max_attempts": 20}
     recipe = {
@@ -111,7 +150,7 @@ def write_recipe(home: Path, folder: Path, num_trials: int, *, address: str | No
         },
         "search": {"name": "grid"},
         "keep": "all",
-        "resources": ray if address else {"engine": "inline"},
+        "resources": {"save_steps": SAVE_STEPS, **(ray if address else {"engine": "inline"})},
     }
     path = home / "chaos.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -126,61 +165,117 @@ class Chaos:
 
     def __init__(self, hosts: Hosts, study: Study, rng: random.Random) -> None:
         self.hosts, self.study, self.rng = hosts, study, rng
+        outside = hosts.address(OUTSIDE)
+        self.redis = {
+            "RAY_REDIS_ADDRESS": f"{outside}:{REDIS_PORT}",
+            "RAY_external_storage_namespace": "chaos",
+        }
         self.faults: dict[str, Callable[[], None]] = {
-            "worker killed": lambda: self.signal_worker("-KILL"),
-            "worker hung": lambda: self.signal_worker("-STOP"),
+            "worker killed": lambda: self.signal_worker("KILL"),
+            "worker hung": lambda: self.signal_worker("STOP"),
             "host off": self.host_off,
+            "preemption": self.preemption,
             "link cut": self.link_cut,
             "driver killed": self.driver_killed,
             "head off": self.head_off,
+            "head off, Redis": self.head_off_with_redis,
             "disk frozen": self.disk_frozen,
             "disk full": self.disk_full,
         }
 
+    def start_ray(self) -> None:
+        self.start_head()
+        self.start(2, 3)
+
+    def start_head(self) -> None:
+        self.start(1, **self.redis)
+
+    def start(self, *numbers: int, **settings: str) -> None:
+        """Ray on these hosts; where it does not come up in its time, as on a busy machine, again."""
+        for attempt in range(STARTS):
+            try:
+                self.hosts.start_ray(*numbers, **SETTINGS, **settings)
+                return
+            except RuntimeError:
+                if attempt == STARTS - 1:
+                    raise
+            for number in numbers:
+                self.stop(number)
+
+    def stop(self, number: int) -> None:
+        self.hosts.run(number, [*RAY, "stop", "--force"])
+
     def signal_worker(self, signal: str) -> None:
-        """The newest worker of a host that has one."""
+        """One of a host that has any; every host has room for one gang."""
         for number in self.rng.sample(list(self.hosts.numbers), 3):
-            if (
-                self.hosts.run(number, ["pkill", signal, "-n", "-f", "ray::RayWorker"]).returncode
-                == 0
-            ):
+            found = self.hosts.run(number, ["pgrep", "-f", WORKER]).stdout.split()
+            if found:
+                self.hosts.run(number, ["kill", f"-{signal}", found[0]])
                 return
 
     def host_off(self) -> None:
         number = self.rng.choice([2, 3])
         self.hosts.power_off(number)
         self.wait()
+        self.power_on(number)
+
+    def preemption(self) -> None:
+        """A host is taken away on notice, and another comes in its place."""
+        number = self.rng.choice([2, 3])
+        self.hosts.give_notice(number, seconds=NOTICE_S)
+        time.sleep(NOTICE_S)
+        self.hosts.power_off(number)
+        self.wait()
+        self.power_on(number)
+
+    def power_on(self, number: int) -> None:
         self.hosts.power_on(number)
-        self.hosts.start_ray(number, **SETTINGS)
+        self.start(number)
 
     def link_cut(self) -> None:
-        """Longer than Ray waits: the node is given up, and has to come again."""
+        """Longer than Ray waits, mostly: the node is given up, and has to come again."""
         number = self.rng.choice([2, 3])
         self.hosts.cut(number)
         self.wait()
         self.hosts.mend(number)
         time.sleep(8)  # what was given up meanwhile ends itself
-        if self.hosts.run(number, ["pgrep", "-f", "[r]aylet/raylet"]).returncode:
-            self.hosts.start_ray(number, **SETTINGS)
+        if self.hosts.run(number, ["pgrep", "-f", RAYLET]).returncode:
+            self.start(number)
 
     def driver_killed(self) -> None:
-        self.hosts.run(1, ["pkill", "-KILL", "-f", "orchestrator[.]cli"])
+        self.hosts.run(self.study.place, ["pkill", "-KILL", "-f", DRIVER])
 
     def head_off(self) -> None:
-        """Without Redis a cluster does not outlive its head: all of it is started anew."""
-        for number in self.hosts.numbers:
-            self.hosts.power_off(number)
+        """A cluster does not outlive a head that forgets it: Ray is started anew on all hosts."""
+        self.hosts.power_off(1)
         self.wait()
-        for number in self.hosts.numbers:
-            self.hosts.power_on(number)
-        self.hosts.start_ray(**SETTINGS)
+        self.forget()
+        self.hosts.power_on(1)
+        self.start_head()
+        for number in (2, 3):
+            self.stop(number)
+        self.start(2, 3)
+
+    def forget(self) -> None:
+        """All that Redis has."""
+        with socket.create_connection((self.hosts.address(OUTSIDE), REDIS_PORT), 10) as redis:
+            redis.sendall(b"FLUSHALL\r\n")
+            assert redis.recv(64).startswith(b"+OK")
+
+    def head_off_with_redis(self) -> None:
+        """The other hosts wait for it."""
+        self.hosts.power_off(1)
+        self.wait()
+        self.hosts.power_on(1)
+        self.start_head()
 
     def disk_frozen(self) -> None:
         """Who writes to it hangs."""
         store = str(self.study.folder.parent)
+        seconds = LONG_S if self.rng.random() < 0.4 else self.rng.uniform(*AWAY_S)
         subprocess.run(["fsfreeze", "--freeze", store], check=True)
         try:
-            self.wait()
+            time.sleep(seconds)
         finally:
             subprocess.run(["fsfreeze", "--unfreeze", store], check=True)
 
@@ -188,7 +283,7 @@ class Chaos:
         store = self.study.folder.parent
         free = shutil.disk_usage(store).free
         subprocess.run(["fallocate", "-l", str(max(free - 4096, 4096)), str(store / "filler")])
-        self.wait()
+        time.sleep(self.rng.uniform(*FULL_S))
         (store / "filler").unlink(missing_ok=True)
 
     def wait(self) -> None:
@@ -196,77 +291,169 @@ class Chaos:
 
 
 def disturb(name: str, chaos: Chaos) -> Json:
-    """One fault: when the study told of it, what it cost, and when the next trial had ended."""
+    """One fault: when it was noticed, what it cost, and when all that it cost had been made again."""
     study, begun = chaos.study, time.time()
+    num_ended = len(study.ended)
     chaos.faults[name]()
-    found: list[Event] = []
+    repaired = time.time()
     goes_on = True
-    while goes_on and time.time() - begun < LIMIT_S and not is_over(found, begun):
+    aftermath = Aftermath(begun, repaired, study.events(), [])
+    while goes_on and time.time() - begun < LIMIT_S and not aftermath.is_over:
         time.sleep(0.5)
         goes_on = study.keep_running()
-        found = [event for event in study.events() if event.time > begun]
-    lost = [event for event in found if event.kind == "lost"]
-    since = lost[-1].time if lost else begun
-    ended = [e for e in found if e.kind == "finished" and e.time > since]
-    return {
-        "kind": name,
-        "noticed_s": round(lost[0].time - begun, 1) if lost else None,
-        "lost_device_seconds": round(sum(e.payload["device_seconds"] for e in lost), 1),
-        "recovered_s": round(ended[0].time - begun, 1) if ended else None,
-        "went_on": bool(ended) or not goes_on,
-    }
+        aftermath = Aftermath(begun, repaired, study.events(), study.ended[num_ended:])
+    return {"kind": name, **aftermath.told(), "went_on": aftermath.is_over or not goes_on}
 
 
-def is_over(events: list[Event], begun: float) -> bool:
-    """Whether a trial has ended after the last loss, or nothing was lost for a while."""
-    kinds = [event.kind for event in events if event.kind in ("lost", "finished")]
-    return kinds[-1:] == ["finished"] and ("lost" in kinds or time.time() - begun > PATIENCE_S)
+class Aftermath:
+    """What followed a fault that `begun` at a time, from a study's events and ends of its drivers."""
+
+    def __init__(
+        self,
+        begun: float,
+        repaired: float,
+        events: list[Event],
+        ended: list[tuple[float, int]],
+    ) -> None:
+        self.begun, self.repaired, self.ended = begun, repaired, ended
+        found = [event for event in events if event.time > begun]
+        self.lost = [event for event in found if event.kind == "lost"]
+        self.left_behind = left_behind(events, begun)
+        self.finished = {event.key: event.time for event in found if event.kind == "finished"}
+
+    @property
+    def is_hit(self) -> bool:
+        """Whether it did any harm."""
+        return bool(self.lost or self.left_behind or self.ended)
+
+    @property
+    def to_make_again(self) -> set[str]:
+        trains = ("trial", "baseline")
+        return {e.key for e in self.lost if e.payload["work"] in trains} | set(self.left_behind)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all is made again, or nothing was lost for a while and the study gets on."""
+        since = max([self.repaired, *(when for when, _ in self.ended)])
+        gets_on = any(when > since for when in self.finished.values())
+        all_made = self.to_make_again <= self.finished.keys()
+        return all_made and gets_on and (self.is_hit or time.time() - self.begun > PATIENCE_S)
+
+    def told(self) -> Json:
+        noticed = [e.time for e in self.lost] + [when for when, _ in self.ended]
+        again = self.to_make_again
+        done = [when for key, when in self.finished.items() if key in again]
+        if not again:  # the next trial that ended
+            done = sorted(when for when in self.finished.values() if when > self.repaired)[:1]
+        seconds = sum(e.payload["device_seconds"] for e in self.lost)
+        seconds += sum(self.left_behind.values())
+        return {
+            "hit": self.is_hit,
+            "repaired_s": round(self.repaired - self.begun, 1),
+            "noticed_s": round(min(noticed) - self.begun, 1) if noticed else None,
+            "works_lost": len(self.lost) + len(self.left_behind),
+            "lost_device_seconds": round(seconds, 1),
+            "recovered_s": round(max(done) - self.begun, 1) if done else None,
+            "drivers_ended": [status for _, status in self.ended],
+            "why": sorted({e.payload["message"][:90] for e in self.lost}),
+        }
+
+
+def left_behind(events: list[Event], begun: float) -> dict[str, float]:
+    """Device-seconds by work of what a driver had begun that ended after `begun` without a word."""
+    running: dict[str, Event] = {}
+    found: dict[str, float] = {}
+    for event in events:
+        before = (
+            running.pop(event.key, None) if event.kind in ("started", "lost", "finished") else None
+        )
+        if event.kind == "started":
+            running[event.key] = event
+            if before is not None and event.time > begun:
+                found[event.key] = max(0.0, begun - before.time)
+    return found
 
 
 # -- the whole -----------------------------------------------------------------------------------
 
 
-def undisturbed(home: Path, num_trials: int) -> Path:
-    """The same trials one after another in one process."""
+@contextmanager
+def undisturbed(home: Path, num_trials: int) -> Iterator[Callable[[], Path]]:
+    """The same trials one after another in one process meanwhile; call it for the study's folder."""
     home.mkdir()
     folder = home / "study"
     recipe = write_recipe(home, folder, num_trials, address=None)
     command = [sys.executable, "-m", "orchestrator.cli", "run", str(recipe)]
     one_thread = environment(PYTHONPATH=PYTHON_PATH, OMP_NUM_THREADS="1")
-    subprocess.run(command, check=True, env=one_thread, capture_output=True)
-    return folder
+    with (home / "driver.log").open("wb") as log:
+        process = subprocess.Popen(["nice", *command], env=one_thread, stdout=log, stderr=log)
+
+    def wait() -> Path:
+        if process.wait():
+            raise RuntimeError((home / "driver.log").read_text()[-2000:])
+        return folder
+
+    try:
+        yield wait
+    finally:
+        process.kill()
+        process.wait()
 
 
-def run(home: Path, *, minutes: float, seed: int, kinds: list[str] | None) -> Json:
+def run(home: Path, num_trials: int, *, minutes: float, seed: int, kinds: list[str] | None) -> Json:
     rng = random.Random(seed)
-    num_trials = max(6, int(minutes * 60 / HOLD_S))
-    with mounted(home / "store"), Hosts(3) as hosts:  # which see what was mounted before them
-        study = Study(home, num_trials, hosts)
-        hosts.start_ray(**SETTINGS)
+    with mounted(home / "store"), Hosts(3) as hosts, redis(hosts, home):  # which see the mount
+        study = Study(home, num_trials, hosts, random.Random(seed + 1000))
         chaos, faults = Chaos(hosts, study, rng), []
-        order = kinds or list(chaos.faults)
+        chaos.start_ray()
         study.keep_running()
         until_first_trial(study)
         end = time.time() + minutes * 60
+        order = rounds(kinds or list(chaos.faults), rng, shuffled=kinds is None)
         while study.keep_running() and time.time() < end:
-            name = order[len(faults) % len(order)] if kinds else rng.choice(order)
-            faults.append(disturb(name, chaos))
+            faults.append(disturb(next(order), chaos))
             print(json.dumps(faults[-1]), flush=True)
             time.sleep(rng.uniform(*PAUSE_S))
-        while study.keep_running():
+        disturbed_until = time.time()
+        while study.keep_running() and time.time() - disturbed_until < TAIL_S:
             time.sleep(1)
-        groups = hosts.run(1, [sys.executable, "-c", GROUPS], RAY_ADDRESS=hosts.ray_address)
-        leaks = int(groups.stdout or -1)
-        leaks += hosts.run(1, ["pgrep", "-f", WORKER]).returncode == 0
+        has_ended = not study.keep_running()
+        leaks = left_running(hosts)
         kept = home / "kept"
         shutil.copytree(study.folder, kept)
+    resumed = [result for _, result in finished(kept) if resumed_at(result)]
     return {
         "faults": faults,
+        "ended": has_ended,
         "drivers": study.num_started,
+        "exit_statuses": Counter(str(status) for _, status in study.ended),
+        "went_on_from_checkpoint": len(resumed),
         "leaks": leaks,
         "ledger": str(kept / "ledger"),
-        "trials_asked": num_trials,
     }
+
+
+def rounds(kinds: list[str], rng: random.Random, *, shuffled: bool) -> Iterator[str]:
+    """Every kind, in one order after another."""
+    while True:
+        yield from rng.sample(kinds, len(kinds)) if shuffled else kinds
+
+
+def resumed_at(result: Json) -> int:
+    """The step that a trial went on from."""
+    return int((result["details"].get("training") or {}).get("resumed_at", 0))
+
+
+def left_running(hosts: Hosts) -> int:
+    """Placement groups that are not removed, workers and drivers that still run."""
+    groups = hosts.run(1, [sys.executable, "-c", GROUPS], RAY_ADDRESS=hosts.ray_address)
+    if groups.returncode:
+        raise RuntimeError(groups.stderr[-2000:])
+    left = int(groups.stdout)
+    for number in hosts.numbers:
+        for pattern in (WORKER, DRIVER):
+            left += len(hosts.run(number, ["pgrep", "-f", pattern]).stdout.split())
+    return left
 
 
 def until_first_trial(study: Study) -> None:
@@ -275,6 +462,20 @@ def until_first_trial(study: Study) -> None:
         if time.time() > deadline or not study.keep_running():
             raise RuntimeError(f"no trial ends: {study.log.read_text()[-2000:]}")
         time.sleep(0.5)
+
+
+@contextmanager
+def redis(hosts: Hosts, home: Path) -> Iterator[None]:
+    """Where the head keeps what it knows: on the machine outside, which does not fail."""
+    where = ["--bind", hosts.address(OUTSIDE), "--port", str(REDIS_PORT), "--protected-mode", "no"]
+    command = ["setpriv", "--pdeathsig", "KILL", "redis-server", *where, "--save", ""]
+    with (home / "redis.log").open("wb") as log:
+        server = subprocess.Popen([*command, "--dir", str(home)], stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
 
 
 @contextmanager
@@ -295,15 +496,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, help="default: two of three that hosts have time for")
     parser.add_argument("--quick", action="store_true", help="a worker and the driver killed once")
+    parser.add_argument(
+        "--kinds", help="faults in their order, with ; between; default: all, shuffled"
+    )
     parser.add_argument("--json", type=Path, help="write every figure there")
     asked = parser.parse_args()
-    kinds = ["worker killed", "driver killed"] if asked.quick else None
+    kinds = asked.kinds.split(";") if asked.kinds else None
+    if asked.quick:
+        kinds = ["worker killed", "driver killed"]
     minutes = 0.4 if asked.quick else asked.minutes
+    num_trials = asked.trials or max(6, int(2 * minutes * 60 / HOLD_S))
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
-    report = run(home, minutes=minutes, seed=asked.seed, kinds=kinds)
-    alone = undisturbed(home / "alone", report.pop("trials_asked"))
-    report |= compare(home / "kept", alone) | {"undisturbed_ledger": str(alone / "ledger")}
+    with undisturbed(home / "alone", num_trials) as alone:
+        report = run(home, num_trials, minutes=minutes, seed=asked.seed, kinds=kinds)
+        report |= compare(home / "kept", alone())
+    report["undisturbed_ledger"] = str(home / "alone" / "study" / "ledger")
     told = {name: value for name, value in report.items() if name != "faults"}
     print(json.dumps(told, indent=1))
     if asked.json:

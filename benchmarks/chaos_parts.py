@@ -9,11 +9,20 @@ from typing import Any, Literal
 from orchestrator.prune.none import NoPruning, Untouched
 
 
+class Holding(Untouched):
+    """Leaves the weights alone, and makes a training last so many seconds longer."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_step(self, step: int, num_steps: int) -> None:
+        time.sleep(self.seconds / num_steps)
+
+
 class Slow(NoPruning):
-    """Prunes nothing, and holds its worker for CHAOS_HOLD_S seconds."""
+    """Prunes nothing, and holds its worker for CHAOS_HOLD_S seconds while it trains."""
 
     method: Literal["chaos_parts:Slow"] = "chaos_parts:Slow"
 
-    def start(self, model: Any, context: Any) -> Untouched:
-        time.sleep(float(os.environ.get("CHAOS_HOLD_S", "0")))
-        return super().start(model, context)
+    def start(self, model: Any, context: Any) -> Holding:
+        return Holding(float(os.environ.get("CHAOS_HOLD_S", "0")))

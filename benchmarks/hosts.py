@@ -1,8 +1,8 @@
 """Several hosts on one machine, for tests and benchmarks of clusters; needs Linux and root.
 
 A host is a set of kernel namespaces: its network, processes, name and shared memory are its own.
-Files are those of the machine, as on a file system that all hosts share; /tmp/ray is apart, and a
-folder more where one is asked for.
+Files are those of the machine, as on a file system that all hosts share; apart are /tmp/ray, the two
+files by which who measures is alone on a host, and a folder more where one is asked for.
 Hosts hang on a switch, which is one more network namespace. All of it ends with the process that
 made it, however that ends: a namespace lives as long as its first process, and that one ends when
 nobody holds its standard input any more.
@@ -41,6 +41,10 @@ mount -t tmpfs tmpfs /dev/shm
 mkdir -p -m 1777 /tmp/ray
 mount --bind "$2/$1" /tmp/ray
 if [ "$5" ]; then mount --bind "$2/$1.apart" "$5"; fi
+for lock in slimtune-0.wanted slimtune-0.busy; do
+  touch "/tmp/$lock" "$2/$1.$lock"
+  mount --bind "$2/$1.$lock" "/tmp/$lock"
+done
 ip link set lo up
 exec "$3" -c "$4"
 """
@@ -246,6 +250,15 @@ class Hosts:
                 if process.wait(timeout=120):
                     said = (self.folder / f"host{number}.log").read_text()
                     raise RuntimeError(f"Ray does not start on host {number}: {said[-2000:]}")
+
+    def give_notice(self, number: int, *, seconds: int) -> None:
+        """Tell Ray that a host is about to be taken away; whether it is then is another matter."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the price has risen"]
+        when = f"--deadline-remaining-seconds={seconds}"
+        done = self.run(number, [*command, f"--address={self.ray_address}", *why, when])
+        if done.returncode:
+            raise RuntimeError(f"no notice can be given of host {number}: {done.stderr}")
 
     def _start_ray(
         self, number: int, options: Sequence[str], settings: dict[str, str]

@@ -30,6 +30,7 @@ from orchestrator.dense import Dense, make_dense
 from orchestrator.finetune import FinetuneOptions, uses_bf16
 from orchestrator.lessons import Lesson, Source, open_lesson, spread, taught
 from orchestrator.measure.fingerprint import environment, fingerprint
+from orchestrator.notice import Notice
 from orchestrator.plugins import find
 from orchestrator.predict import predict, row_lengths
 from orchestrator.problems import raise_if
@@ -68,7 +69,7 @@ class Bench:
     `claim` is held on what several of them would make.
     `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
-    how a trial's training goes.
+    how a trial's training goes; after `notice` it goes on elsewhere.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Bench:
         self.crew: Crew | None = None
         self.pieces = 1
         self.rungs: Rungs | None = None
+        self.notice = Notice()
         self._bases: dict[str, Base] = {}
         self._dense: dict[str, Dense] = {}
         self._encoded: dict[tuple[str, str], Encoded] = {}
@@ -259,7 +261,8 @@ class Bench:
 
     def saver(self, going: Path) -> Saver:
         """What writes down a training, in the folder that is kept for it while it goes on."""
-        return Saver(going, self.recipe.resources.save_steps, self.storage)
+        every = self.recipe.resources.save_steps
+        return Saver(going, every, self.storage, self.notice)
 
     def shorter_training(
         self, config: TrialConfig, inputs: dict[str, Any], *, version: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_model, save_file, save_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from orchestrator import optimizer_state
+from orchestrator.notice import Notice
 from orchestrator.prune.tree import removals, shrink
 from orchestrator.quantize import Numerics
 from orchestrator.quantize.convert import prepare
@@ -150,14 +151,16 @@ class Saver:
     """Writes down a training every so many steps, so that an interrupted one goes on from there.
 
     In `folder` lies the last of them, whole, and in the study's `storage` too; no pickle is in it.
+    After `notice` one is written at once; of 0 steps, none ever.
     """
 
     folder: Path
     every: int
     storage: Storage | None = None
+    notice: Notice = field(default_factory=Notice)
 
-    def is_due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+    def is_due(self, step: int, *, leaves: bool = False) -> bool:
+        return self.every > 0 and (leaves or step % self.every == 0)
 
     def save(
         self,

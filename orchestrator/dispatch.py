@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +56,7 @@ class Dispatch:
         self.sealed = sealed
         self.running: dict[tuple[str, str], Running] = {}
         self.device_s = 0.0
+        self._spared: Counter[str] = Counter()  # attempts of each work that do not count
         self.on_lost: Callable[[Work, Lost], None] = lambda work, lost: None
 
     def run(self, next_work: Next, ended: Ended, *, at_once: Next = lambda: None) -> None:
@@ -108,18 +109,23 @@ class Dispatch:
         work = event.work
         if isinstance(event, Done):
             lost = _in_parts(work, event.result)
-            if lost is None or work.attempt >= self.max_attempts:
+            if lost is None or not self._has_attempts(work):
                 self.running.pop((work.kind, work.key))
                 ended(work, event.result)
                 return
             event = lost
         self._lose(work, reason=event.reason.value, message=event.message)
         self.on_lost(work, event)
-        if event.again and work.attempt < self.max_attempts:
+        self._spared[work.key] += not event.counts
+        if event.again and self._has_attempts(work):
             pieces = 2 if event.reason is Reason.OOM else work.pieces
             again.append(replace(work, attempt=work.attempt + 1, pieces=pieces))
         else:
             ended(work, event)
+
+    def _has_attempts(self, work: Work) -> bool:
+        """Whether another one is left."""
+        return work.attempt - self._spared[work.key] < self.max_attempts
 
     def _lose(self, work: Work, **why: Any) -> None:
         running = self.running.pop((work.kind, work.key))

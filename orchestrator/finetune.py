@@ -23,7 +23,7 @@ from orchestrator.ranks import Ranks
 from orchestrator.recompute import recomputed
 from orchestrator.strategies import SINGLE, Plan, Strategy
 from orchestrator.tasks.augmentation import Augmentation
-from orchestrator.trial import BadInput, Frozen
+from orchestrator.trial import BadInput, Frozen, Preempted
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +123,12 @@ def finetune(
     `on_step(step, num_steps)` is called with the number of steps taken, mostly 0, before the
     first optimizer step and with k after the k-th; `on_log(step, num_steps, loss)` every
     `logging_steps`. `max_steps` goes before the options' own. Steps go on from where `earlier`
-    stands, as if they had been taken here, and `saver` writes them down; `on_end` gets model and
+    stands, as if they had been taken here, and `saver` writes them down; on its notice a training
+    of one rank ends after a step, one of several after a logged one. `on_end` gets model and
     optimizer after the last. On a CPU the same seed gives the same weights. All ranks of a process
     group call this with the same arguments and the part of the model that `strategy` lets them
     hold; a step is over the same rows however many they are, and in however many `pieces` each
-    takes its rows. Raises `Diverged`.
+    takes its rows. Raises `Diverged` and `Preempted`.
     """
     import torch
     from accelerate.utils import set_seed
@@ -213,9 +214,14 @@ def finetune(
             for callback in on_step:
                 callback(step, num_steps)
             pace.end_step()
-            if saver and saver.is_due(step) and step < num_steps:
-                said = {"curve": curve.state(), "pace": pace.summary()}
-                saver.save(step, model, optimizer, said)
+            if saver and step < num_steps:
+                looks = ranks.size == 1 or step % options.logging_steps == 0
+                leaves = looks and saver.notice.is_given(ranks)
+                if saver.is_due(step, leaves=leaves):
+                    said = {"curve": curve.state(), "pace": pace.summary()}
+                    saver.save(step, model, optimizer, said)
+                if leaves:
+                    raise Preempted(f"it stands at step {step} of {num_steps}")
         if on_end is not None:
             on_end(model, optimizer)
         wrapped.close()

@@ -24,6 +24,7 @@ from orchestrator.alone import this_host
 from orchestrator.artifact import DamagedArtifact, sealed_as
 from orchestrator.bench import Bench
 from orchestrator.measure.again import speeds, time_together
+from orchestrator.notice import Notice
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import DISK_IS_FULL, measure_test, run_baseline, run_trial
@@ -127,13 +128,14 @@ class Worker:
         self._folder = self._study
         if recipe.get("storage"):
             self._folder = scratch.take(scratch.scratch_name(recipe["storage"], folder))
-        self._limits = limits
+        self._limits, self._notice = limits, Notice()
         self._clean = Clean()
 
     @cached_property
     def bench(self) -> Bench:
         recipe = Recipe.from_resolved(self._recipe, output_dir=self._study)
         bench = Bench(recipe, self._folder, device=self._device, claim=self.claim, **self._limits)
+        bench.notice = self._notice
         options = [recipe.resources.of(model.id) for model in recipe.models]
         if self._size > 1 or any(each.strategy_name != "single" for each in options):
             waits = recipe.resources.collective_timeout_s
@@ -158,8 +160,8 @@ class Worker:
         return self.bench.facts()
 
     def do(self, work: Work, note: Note) -> Result:
-        """Raises `DamagedArtifact`, FileNotFoundError where the study's folder is not seen, and
-        OSError (ENOSPC) where this machine's own disk is full."""
+        """Raises `DamagedArtifact`, `Preempted`, FileNotFoundError where the study's folder is not
+        seen, and OSError (ENOSPC) where this machine's own disk is full."""
         self.check_folder()
         result = perform(work, self.bench, note)
         is_full = isinstance(result, TrialResult) and result.message.startswith(DISK_IS_FULL)
@@ -174,6 +176,10 @@ class Worker:
                 f"{os.uname().nodename} does not see the study's folder {self._folder}: output_dir"
                 " has to be on a file system that all nodes share, or storage a URI that all reach"
             )
+
+    def leave(self) -> None:
+        """Its machine is about to be taken away: what it trains writes a checkpoint and ends."""
+        self._notice.give()
 
     def reset(self) -> None:
         """Leave nothing of a work behind but what all works share."""

@@ -23,7 +23,8 @@ OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
 def read_manifest(folder: Path) -> Json | None:
     """manifest.json of a study's folder; None for a folder that is new or empty.
 
-    Raises `BadInput` for a folder that holds something else.
+    Raises `BadInput` for a folder that holds something else. Hidden files do not count: a driver
+    that was killed at its start leaves some.
     """
     path = folder / NAME
     if path.is_file():
@@ -32,7 +33,8 @@ def read_manifest(folder: Path) -> Json | None:
         except OSError as error:
             raise BadInput([f"output_dir: {path} cannot be read: {error.strerror}."]) from error
     found = folder.iterdir() if folder.is_dir() else ()
-    unknown = sorted(path.name for path in found if path.name not in OWN_NAMES)
+    seen = {path.name for path in found if not path.name.startswith(".")}
+    unknown = sorted(seen - OWN_NAMES)
     if unknown:
         raise BadInput(
             [

@@ -49,6 +49,7 @@ from orchestrator.trial import (
     Diverged,
     Infeasible,
     Measurement,
+    Preempted,
     Reason,
     Stopped,
     TrialConfig,
@@ -324,7 +325,10 @@ def _reported(
     note: Note,
     work: Callable[[Clock], Delivered],
 ) -> TrialResult:
-    """Run `work`; whatever stops it becomes a failed result of `config`, with reason and message."""
+    """Run `work`; whatever stops it becomes a failed result of `config`, with reason and message.
+
+    Raises `Preempted`.
+    """
     shutil.rmtree(folder / "artifact", ignore_errors=True)
     clock = Clock(note, folder / "log.txt")
     torch.set_num_threads(bench.num_threads)  # a torch session may have left the target's
@@ -346,6 +350,10 @@ def _reported(
         clock.log(str(error))
         shutil.rmtree(folder / "artifact", ignore_errors=True)
         outcome = {"status": TrialStatus.STOPPED, "message": str(error)}
+    except Preempted as error:
+        clock.log(f"it goes on elsewhere: {error}")
+        shutil.rmtree(folder / "artifact", ignore_errors=True)
+        raise
     except Exception as error:
         clock.log(traceback.format_exc())
         shutil.rmtree(folder / "artifact", ignore_errors=True)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 Claim = Callable[[str], AbstractContextManager[None]]
 
-SEAL, GOING = "stage.json", ".going-"
+SEAL = "stage.json"
+GOING = ".going-"  # how names of folders begin from which an interrupted training goes on
 POLL_S = 0.05
 
 

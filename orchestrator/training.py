@@ -37,7 +37,7 @@ from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
 from orchestrator.storage import Storage
 from orchestrator.strategies import Strategy, make_strategy
-from orchestrator.trial import Diverged, Frozen, content_hash
+from orchestrator.trial import Diverged, Frozen, Preempted, content_hash
 
 if TYPE_CHECKING:
     from orchestrator.bench import Bench
@@ -83,7 +83,7 @@ def train(
 
     It goes on from `earlier`, or from further along where it was interrupted: `going` is the folder
     that is kept for it meanwhile. The optimizer's state comes too if it `gathers`. Raises
-    `Diverged`, and whatever `rungs` raise.
+    `Diverged`, `Preempted`, and whatever `rungs` raise.
     """
     if bench.pieces > 1:
         check_pieces(assignment)
@@ -282,7 +282,7 @@ class Crew:
         gathers: bool,
         rungs: Rungs | None,
     ) -> tuple[TrainingReport, Gathered | None]:
-        """`train`, as rank 0 of all. `rungs` are told the loss alone. Raises `Diverged`."""
+        """`train`, as rank 0 of all. `rungs` are told the loss alone. Raises what that does."""
         if self.is_broken:
             raise RuntimeError("a rank of this gang has failed: the others do not listen any more")
         encoded = bench.encoded_lesson(bench.lesson(assignment.source, opens=False), tokenizer)
@@ -332,7 +332,7 @@ class Crew:
     def follow(self, bench: Bench, *, after_each: Callable[[], None] = lambda: None) -> None:
         """Do this rank's part of every training that rank 0 leads, until it dismisses."""
         while order := self.ranks.told(group=self._orders):
-            with suppress(Diverged):  # on every rank at the same step
+            with suppress(Diverged, Preempted):  # on every rank at the same step
                 self._do(Part.model_validate_json(order), bench, None)
             after_each()
         torch.distributed.destroy_process_group()  # its threads may not outlive the interpreter
@@ -389,7 +389,7 @@ class Crew:
                 pieces=part.pieces,
                 told=told,
             )
-        except Diverged:
+        except (Diverged, Preempted):
             self.is_broken = False
             raise
         finally:

@@ -27,6 +27,10 @@ class BadInput(Exception):
         self.problems = problems
 
 
+class Preempted(Exception):
+    """A work ends early, since its machine is about to be taken away: it goes on elsewhere."""
+
+
 class Diverged(Exception):
     """Training produced a loss that is not finite."""
 

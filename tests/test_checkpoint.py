@@ -10,9 +10,10 @@ import tiny_study
 
 from orchestrator.artifact import verify
 from orchestrator.bench import Bench
+from orchestrator.notice import Notice
 from orchestrator.recipe import make_recipe
 from orchestrator.run_trial import run_baseline, run_trial
-from orchestrator.trial import TrialResult, TrialStatus
+from orchestrator.trial import Preempted, TrialResult, TrialStatus
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +79,21 @@ def test_a_damaged_checkpoint_is_made_again(bench: Bench) -> None:
     weights.write_bytes(damaged)
     result, again = run(bench, prune=GRADUAL)
     assert "finetune" in result.details["stage_seconds"] and again == sha256
+
+
+def test_on_notice_a_training_writes_a_checkpoint_from_which_it_goes_on(bench: Bench) -> None:
+    forget(bench)
+    _, alone = run(bench, prune=GRADUAL)
+    forget(bench)
+    config = bench.recipe.trial_config(
+        model="bert", prune=GRADUAL, finetune={"learning_rate": 1e-3, "max_steps": 6}
+    )
+    with pytest.raises(Preempted, match="step 1 of 6"):
+        run_trial(config, bench, lambda stage: bench.notice.give() if stage == "finetune" else None)
+    assert not (bench.folder / "trials" / config.id / "artifact").exists()
+    bench.notice = Notice()
+    result, again = run(bench, prune=GRADUAL)
+    assert result.details["training"]["resumed_at"] == 1 and again == alone
 
 
 STEADY = {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}

@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tiny_study
@@ -19,6 +20,7 @@ from host_trials import (
     assert_same,
     ended,
     events,
+    losses,
     results,
     run_alone,
     run_command,
@@ -32,6 +34,7 @@ from orchestrator.status import study_status
 pytestmark = [pytest.mark.cluster, pytest.mark.distributed, pytest.mark.slow]
 
 NOTICED_S = 10
+STEPS = 1000  # of a training that is still on its way when notice is given
 PROBE = "import socket, sys; socket.create_connection((sys.argv[1], 22), 2)"
 
 
@@ -169,3 +172,41 @@ def test_a_trial_goes_on_from_its_checkpoint_when_a_host_that_lost_power_is_back
     assert training["resumed_at"] > 0 and training["resumed_at"] % SAVE_STEPS == 0
     assert_same(results(tmp_path), expected)
     assert waits in log.read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_on_notice_a_trial_writes_a_checkpoint_and_goes_on_elsewhere(
+    hosts: Hosts, address: str, data: Path, tmp_path: Path, workers: int
+):
+    (tmp_path / "alone").mkdir()
+    expected = run_alone(tmp_path / "alone", data, steps=STEPS, qat=False)
+    takes = {"workers_per_trial": workers, "cpus_per_trial": workers}
+    once = {"save_steps": 10 * STEPS, "max_attempts": 1}  # but for the notice nothing would be kept
+    recipe = write_recipe(tmp_path, data, steps=STEPS, qat=False, address=address, **takes, **once)
+    log, study = tmp_path / "driver.log", tmp_path / "study"
+    driver = hosts.start(1, run_command(recipe), log=log)
+    until(lambda: ended(driver, log) or begun(study, "finetune"))
+    last = [number for number in hosts.numbers if works(hosts, number)][-1]
+    hosts.give_notice(last, seconds=30)
+    [lost] = until(lambda: ended(driver, log) or events(study, "lost"))
+    assert "its machine was about to be taken away: it stands at step" in lost.payload["message"]
+    assert driver.wait(timeout=300) == 0, log.read_text()
+    until(lambda: hosts.run(last, ["pgrep", "-f", "[r]aylet/raylet"]).returncode)
+    hosts.start_ray(last)
+    [result] = results(tmp_path).values()
+    assert 0 < result["details"]["training"]["resumed_at"] < STEPS
+    [alone] = expected.values()
+    np.testing.assert_allclose(losses(result), losses(alone), rtol=1e-5)
+
+
+def begun(study: Path, stage: str) -> bool:
+    """Whether a trial has come to that stage."""
+    return any(
+        event.payload["stage"] == stage and not event.key.startswith("baseline")
+        for event in (events(study, "stage") if (study / "manifest.json").exists() else [])
+    )
+
+
+def works(hosts: Hosts, number: int) -> bool:
+    """Whether a gang has a worker on that host."""
+    return hosts.run(number, ["pgrep", "-f", "ray::RayW[o]rker"]).returncode == 0

@@ -14,6 +14,7 @@ import pytest
 import tiny_study
 
 from orchestrator.facts import ask_worker
+from orchestrator.launch import Event, Lost
 from orchestrator.launch.virtual import Virtual
 from orchestrator.ledger import Held, Ledger
 from orchestrator.manifest import ledger_key
@@ -269,6 +270,23 @@ def test_a_lost_work_is_tried_again_and_given_up_after_three_attempts(tmp_path, 
     messages = {t["trial_id"]: t["message"] for t in front["all_trials"]}
     assert all("worker died" in messages[key] and "attempt 3" in messages[key] for key in doomed)
     assert set(finished(tmp_path)) - {"baseline:bert"} == set(asked(tmp_path))
+
+
+class Lent(Virtual):
+    """Machines that are taken away on notice, the first four times that a work is there."""
+
+    def wait(self, timeout: float | None = None) -> list[Event]:
+        [event] = super().wait(timeout)
+        if event.work.kind == "trial" and event.work.attempt <= 4:
+            return [Lost(event.work, Reason.ERROR, "taken away", counts=False)]
+        return [event]
+
+
+def test_a_work_whose_machine_was_taken_away_on_notice_has_no_attempt_less(tmp_path, facts):
+    Study(recipe_of(tmp_path), launcher=Lent(surrogate, facts=facts)).run()
+    lost = Counter(event.key for event in events(tmp_path) if event.kind == "lost")
+    assert set(lost) == set(asked(tmp_path)) and set(lost.values()) == {4}
+    assert not [event for event in events(tmp_path) if event.kind == "given_up"]
 
 
 def test_a_trial_short_of_memory_is_tried_once_more_in_parts(tmp_path, facts):

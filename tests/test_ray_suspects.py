@@ -43,3 +43,11 @@ def test_a_lost_work_goes_elsewhere_until_it_is_done() -> None:
     assert suspects.avoided("a") == {"one"} and suspects.avoided("b") == set()
     suspects.done("two", "a")
     assert suspects.avoided("a") == set()
+
+
+def test_a_lost_work_goes_to_the_same_node_once_more_while_others_are_full() -> None:
+    suspects = Suspects()
+    suspects.lost("one", "a")
+    assert suspects.avoided("a", others_are_full=True) == set()
+    suspects.lost("one", "a")
+    assert suspects.avoided("a", others_are_full=True) == {"one"}

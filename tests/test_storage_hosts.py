@@ -85,7 +85,7 @@ def test_doctor_asks_for_a_storage_and_is_content_with_one(
     assert {each["where"] for each in findings} == {"host2", "host3"}, findings
     assert all(each["what"] == "the study's folder is not there" for each in findings)
     assert all("or storage to a URI that all reach" in each["remedy"] for each in findings)
-    assert lacking.returncode == 1
+    assert lacking.returncode == 2
     changed(recipe, storage=uri)
     content = hosts.run(1, command, **settings)
     assert json.loads(content.stdout)["findings"] == [] and content.returncode == 0
@@ -106,7 +106,7 @@ def test_trials_on_hosts_that_share_no_folder_make_each_result_once(
     done = hosts.run(1, run_command(recipe), limit_s=500, **settings)
     assert done.returncode == 0, done.stderr
     front = json.loads((hosts.own(1) / "study" / "front.json").read_text())
-    assert front["trials"]["failed"] == 0 and len(front["all_trials"]) == 6
+    assert front["trials"]["failed"] == 0 and len(front["all_trials"]) == 7
     for point in (*front["points"], *front["references"]):
         verify(hosts.own(1) / "study" / point["artifact"])
     system, base = open_uri(uri)

@@ -38,13 +38,15 @@ class Done:
 class Lost:
     """A work that came to no result: its worker died, hung, or could not do it.
 
-    `again` says whether another attempt may end otherwise.
+    `again` says whether another attempt may end otherwise, `counts` whether it was one of those
+    that `resources.max_attempts` allows: a machine that is taken away on notice is no fault.
     """
 
     work: Work
     reason: Reason
     message: str
     again: bool = True
+    counts: bool = True
 
 
 Event = Done | Lost

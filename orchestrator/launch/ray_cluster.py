@@ -180,6 +180,7 @@ class Cluster:
         self.is_own = False
         self._temporary: Path | None = None
         self._nodes: tuple[float, list[Node]] = (-LOOK_S, [])
+        self._leaving: tuple[float, set[str]] = (-LOOK_S, set())
         self._connected_here = not ray.is_initialized()
         if not self._connected_here:
             return
@@ -196,6 +197,17 @@ class Cluster:
         if time.monotonic() - at > LOOK_S:
             nodes = [node for node in ray.nodes() if node["Alive"]]
             self._nodes = (time.monotonic(), nodes)
+        return nodes
+
+    def leaving(self) -> set[str]:
+        """The nodes that are about to be taken away, as of a few seconds ago.
+
+        An operator, an autoscaler or a cloud gives such notice, as by `ray drain-node`.
+        """
+        at, nodes = self._leaving
+        if time.monotonic() - at > LOOK_S:
+            nodes = set(ray._private.state.state.get_draining_nodes())  # Ray Serve and Train ask so
+            self._leaving = (time.monotonic(), nodes)
         return nodes
 
     def available(self) -> dict[str, float]:

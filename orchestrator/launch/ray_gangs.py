@@ -53,7 +53,7 @@ from orchestrator.launch.ray_places import Place, end_process, here, rank_enviro
 from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.scratch import scratch_name
-from orchestrator.trial import BadInput, Reason, Work, model_of
+from orchestrator.trial import BadInput, Preempted, Reason, Work, model_of
 
 if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
@@ -62,6 +62,7 @@ TIMED = ("speed", "timings")  # works that run on machines of the target's kind
 POLL_S = 1.0  # between looks at deadlines; news come at once
 PLACING_S = 2.0  # a gang that takes longer to be placed waits for room
 LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
+ON_NOTICE = "its machine was about to be taken away"
 GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
 
 
@@ -72,8 +73,9 @@ GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it s
 class Answer:
     """What a worker hands back: a value, or the problems in its way; its size afterwards.
 
-    A gang that `is_broken` has ranks which wait for something that will not come. What `has_no_disk`
-    may be done where there is more.
+    A gang that `is_broken` has ranks which wait for something that will not come. One that `leaves`
+    has ended its work, `value` says where, since a machine of it is about to be taken away. What
+    `has_no_disk` may be done where there is more.
     """
 
     value: Any = None
@@ -81,6 +83,7 @@ class Answer:
     rss_mb: float = 0.0
     is_broken: bool = False
     has_no_disk: bool = False
+    leaves: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class RayWorker:
         self._news, self._changed = deque[News](), threading.Condition()
         self._numbers = count(1)
         self._granted: set[str] = set()
+        self._leaves = False
 
     @cached_property
     def worker(self) -> Any:
@@ -139,7 +143,9 @@ class RayWorker:
         problems: tuple[str, ...] = ()
         has_no_disk = False
         try:
-            value = self.worker.do(work, lambda stage: self._say(stage=stage))
+            value = self.worker.do(work, self._begin)
+        except Preempted as error:
+            return Answer(str(error), leaves=True)
         except Exception as error:
             problems = (_explained(error),)
             has_no_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
@@ -148,6 +154,17 @@ class RayWorker:
             return Answer(value, problems, is_broken=True)
         self.worker.reset()
         return Answer(value, problems, self.worker.rss_mb(), has_no_disk=has_no_disk)
+
+    def leave(self) -> None:
+        """What it does is to end at its next stage, a training at its next step."""
+        self._leaves = True
+        if "worker" in self.__dict__:
+            self.worker.leave()
+
+    def _begin(self, stage: str) -> None:
+        if self._leaves:
+            raise Preempted(f"it was about to begin: {stage}")
+        self._say(stage=stage)
 
     @contextmanager
     def claim(self, name: str) -> Iterator[None]:
@@ -158,6 +175,8 @@ class RayWorker:
         self._say(wants=name)
         while not self._is_granted(name):
             this_host().give_way()
+            if self._leaves:
+                raise Preempted(f"it waited for {name}")
         try:
             yield
         finally:
@@ -193,7 +212,9 @@ def _explained(error: Exception) -> str:
 
 
 REMOTE_WORKER = ray.remote(
-    max_restarts=0, max_task_retries=0, concurrency_groups={"work": 1, "news": 1, "grants": 1}
+    max_restarts=0,
+    max_task_retries=0,
+    concurrency_groups={"work": 1, "news": 1, "orders": 1},
 )(RayWorker)
 
 
@@ -206,7 +227,7 @@ class Gang:
     `work` is what it does now, `begun` whether a worker has said so, `memory_mb` the size of its
     first worker after each work; it `lacks_room` if there was none when it came. Workers behind
     the first follow it: `following` ends only where one fails. `beats` are their signs of life, and
-    `alive_at` says when each rank gave the last.
+    `alive_at` says when each rank gave the last. One that `leaves` was asked to end its work.
     """
 
     def __init__(
@@ -222,7 +243,7 @@ class Gang:
         labels = {**avoids, **shape.labels}
         self.work: Work | None = None
         self.answer: ray.ObjectRef | None = None
-        self.begun = self.lacks_room = False
+        self.begun = self.lacks_room = self.leaves = False
         self.since = time.monotonic()  # of the work, else of idleness
         self.memory_mb: list[float] = []
         self.heard = 0
@@ -277,7 +298,7 @@ class Gang:
 
     def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
         """Call a method of the first worker; it tells its news while it works."""
-        group = {"news": "news", "grant": "grants"}.get(method, "work")
+        group = {"news": "news", "grant": "orders"}.get(method, "work")
         call = getattr(self.actors[0], method).options(concurrency_group=group)
         return call.remote(*arguments)
 
@@ -285,6 +306,11 @@ class Gang:
         self.work, self.begun = work, False
         self.since = time.monotonic()
         self.answer = self.ask("do", work)
+
+    def leave(self) -> None:
+        """Ask for a checkpoint, and for the end of its work. Its first worker tells the others."""
+        self.leaves = True
+        self.actors[0].leave.options(concurrency_group="orders").remote()
 
     def finish(self) -> None:
         self.work = self.answer = None
@@ -297,9 +323,14 @@ class Gang:
         return [str(placed[rank]) for rank in range(self.shape.num_workers)]
 
     @property
+    def known_nodes(self) -> Sequence[str]:
+        """The same, as far as they were asked for."""
+        return tuple(self.__dict__.get("nodes", ()))
+
+    @property
     def only_node(self) -> str | None:
         """The node that it was placed on, None where that is not known, or there are several."""
-        found = set(self.__dict__.get("nodes", ()))
+        found = set(self.known_nodes)
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -332,7 +363,8 @@ Hear = Callable[[Gang, "ray.ObjectRef"], list[Event]]
 class RayGangs:
     """A launcher of warm gangs. Joins Ray, or starts it here, when it is first asked for room.
 
-    `worker` names the class whose `facts`, `do`, `reset` and `rss_mb` a worker's process calls. It
+    `worker` names the class whose `facts`, `do`, `leave`, `reset` and `rss_mb` a worker's process
+    calls. It
     `examines` the nodes of a cluster that it joins before anything is started there.
     """
 
@@ -429,6 +461,7 @@ class RayGangs:
         """At least one when nothing runs: then a work may wait for its gang."""
         if "cluster" not in self.__dict__:
             return 1  # nothing is joined or started before there is a work
+        self._leave_nodes()
         self._hand_back()
         if any(self._waits_for_room(gang) for gang in self._working()):
             return 0  # what comes later, and takes less, does not go before it
@@ -450,6 +483,7 @@ class RayGangs:
     def wait(self, timeout: float | None = None) -> list[Event]:
         until = math.inf if timeout is None else time.monotonic() + timeout
         while self._working():
+            self._leave_nodes()
             self._hand_back()
             events = self._overdue() or self._hear(min(POLL_S, until - time.monotonic()))
             if events or time.monotonic() >= until:
@@ -528,16 +562,26 @@ class RayGangs:
 
     def _nodes(self) -> list[Node]:
         """The nodes that works may go to."""
-        set_aside = self._suspects.set_aside
-        return [node for node in self.cluster.nodes() if node["NodeID"] not in set_aside]
+        others = self._suspects.set_aside | self.cluster.leaving()
+        return [node for node in self.cluster.nodes() if node["NodeID"] not in others]
 
     def _avoids(self, shape: Shape, work: str) -> dict[str, str]:
         """A label selector against nodes on which a work was lost, where others have room for it."""
         avoided = self._suspects.avoided(work)
-        others = [node for node in self._nodes() if node["NodeID"] not in avoided]
-        if not avoided or capacity(shape, self.resources, others) == 0:
+        if self._are_full(self._others(avoided), shape):
+            avoided = self._suspects.avoided(work, others_are_full=True)
+        if not avoided or capacity(shape, self.resources, self._others(avoided)) == 0:
             return {}
         return not_on_nodes(avoided)
+
+    def _others(self, avoided: set[str]) -> list[Node]:
+        return [node for node in self._nodes() if node["NodeID"] not in avoided]
+
+    def _are_full(self, nodes: Sequence[Node], shape: Shape) -> bool:
+        """Whether this study's gangs leave no place on them for one more; one yet to be placed may be there."""
+        names = {node["NodeID"] for node in nodes}
+        there = [g for g in self.gangs if not g.known_nodes or not names.isdisjoint(g.known_nodes)]
+        return len(there) >= capacity(shape, self.resources, nodes)
 
     def _new_gang(self, shape: Shape, work: str = "") -> Gang:
         """In the place of idle ones where the study may have no more."""
@@ -571,6 +615,15 @@ class RayGangs:
             unused = time.monotonic() - gang.since > self.resources.idle_s
             if wanted or (unused and not self.cluster.is_own):
                 self._end(gang)
+
+    def _leave_nodes(self) -> None:
+        """End what is idle on nodes that are about to be taken away, and have the others checkpoint."""
+        leaving = self.cluster.leaving()
+        for gang in [gang for gang in self.gangs if not leaving.isdisjoint(gang.known_nodes)]:
+            if not gang.work:
+                self._end(gang)
+            elif not gang.leaves:
+                gang.leave()
 
     def _relieve(self, idle: Gang) -> None:
         """Let a gang measure, now that it is idle, what waits for a place on nodes like its own."""
@@ -676,6 +729,9 @@ class RayGangs:
             return [Lost(work, Reason.ERROR, message)]
         gang.finish()
         self._grant(self._claims.forget(gang))  # whose last news nobody listens to
+        if answer.leaves:
+            self._end(gang)
+            return [Lost(work, Reason.ERROR, f"{ON_NOTICE}: {answer.value}", counts=False)]
         if gang.only_node and not answer.is_broken:
             self._suspects.done(gang.only_node, work.key)
         gang.memory_mb.append(answer.rss_mb)
@@ -701,6 +757,8 @@ class RayGangs:
         reason = reason_of(error)
         again |= not isinstance(error, RayTaskError) and not _never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
+        if gang.leaves and again:
+            return [Lost(gang.work, reason, f"{ON_NOTICE}: {why_lost(error)}", counts=False)]
         blame = self._blame(gang) if reason is Reason.ERROR and again else ""
         return [Lost(gang.work, reason, why_lost(error) + blame, again=again)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 IN_A_ROW = 3
 
@@ -16,12 +16,16 @@ class Suspects:
     def __init__(self) -> None:
         self.set_aside: set[str] = set()
         self._lost: defaultdict[str, list[str]] = defaultdict(list)
-        self._where_lost: defaultdict[str, set[str]] = defaultdict(set)
+        self._where_lost: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._good: set[str] = set()
 
-    def avoided(self, work: str) -> set[str]:
-        """Nodes that a work should not go to, where there are others."""
-        return self.set_aside | self._where_lost.get(work, set())
+    def avoided(self, work: str, *, others_are_full: bool = False) -> set[str]:
+        """Nodes that a work should not go to, where there are others.
+
+        While these are full, it may go once more to one that lost it once.
+        """
+        lost = self._where_lost.get(work, Counter())
+        return self.set_aside | {n for n, times in lost.items() if times > others_are_full}
 
     def done(self, node: str, work: str) -> None:
         """A work came to its end there."""
@@ -31,7 +35,7 @@ class Suspects:
 
     def lost(self, node: str, work: str) -> bool:
         """A worker died, hung or fell silent there; whether the node is set aside for that."""
-        self._where_lost[work].add(node)
+        self._where_lost[work][node] += 1
         lost = self._lost[node]
         if work not in lost:
             lost.append(work)
