@@ -68,6 +68,15 @@ def clear_unfinished(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def checkpoints(folder: Path, storage: Storage | None = None) -> list[str]:
+    """Of trainings that are still to be gone on with, in a folder of stages or in its storage."""
+    found = set(folder.glob(f"{GOING}*/step-*"))
+    for going in storage.below(folder) if storage else ():
+        if going.name.startswith(GOING):
+            found.update(storage.below(going) if storage else ())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
 class Stages:
     """The folder of stage results of one study (or of several that share it).
 

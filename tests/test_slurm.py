@@ -4,53 +4,23 @@ from __future__ import annotations
 
 import json
 import subprocess
-from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_study
-import yaml
 from conftest import Ended, Here
-from slurm_server import Slurm, processes_of, slurm_of_ones_own  # noqa: F401
+from slurm_cluster import Slurm, processes_of
+from slurm_jobs import front, happened, left_by, log, runtime_s, submitted, write
+from slurm_server import slurm_on_this_machine  # noqa: F401
 from waiting import until
-
-from orchestrator.ledger import Event, Ledger
-from orchestrator.manifest import ledger_key
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATE = REPOSITORY / "cluster" / "slurm" / "study.sh"
-FEW: dict[str, Any] = {
-    "space": {"quantize": {"choice": ["none", "W8A8"]}, "finetune": {"max_steps": 2}},
-    "references": {"dense_int8": False, "first_layers": [], "random_twin": False},
-}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     return tiny_study.write_recipe(tmp_path)
-
-
-def write(folder: Path, name: str, **sections: Any) -> Path:
-    """A recipe of a few trials in a folder of its own."""
-    (folder / name).mkdir()
-    return tiny_study.write_recipe(folder / name, **(FEW | sections))
-
-
-def submitted(slimtune: Here, recipe: Path, *arguments: object, flags: tuple[str, ...] = ()) -> str:
-    """The number of the job that runs a recipe; its log lies beside it."""
-    flags = (*flags, f"--output={recipe.parent}/slurm-%a.txt")
-    done = slimtune("slurm", recipe, *arguments, "--json", "--", *flags)
-    assert done.status == 0, done.err
-    return str(json.loads(done.out)["job_id"])
-
-
-def log(recipe: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(recipe.parent.glob("slurm-*.txt")))
-
-
-def front(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "front.json").read_text())
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -178,10 +148,7 @@ def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     rates = [rate * 1e-5 for rate in range(1, 10)]
     space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
-    recipe = write(tmp_path, "long", space=space, allow_code=True)
-    written = yaml.safe_load(recipe.read_text())
-    written["task"]["name"] = "slow_task:SlowAtFirst"
-    recipe.write_text(yaml.safe_dump(written))
+    recipe = write(tmp_path, "long", task="slow_task:SlowAtFirst", space=space)
     number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
     until(lambda: len(happened(recipe, "finished")) > 1, what="the first trial")
     slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)  # not a minute ahead of it
@@ -196,20 +163,17 @@ def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
     assert "Interrupted. The same command goes on from here." in log(recipe)
 
 
-def runtime_s(job: dict[str, str]) -> int:
-    hours, minutes, seconds = map(int, job["RunTime"].split(":"))
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def happened(recipe: Path, kind: str) -> list[Event]:
-    """What the ledger of a recipe's study has of a kind."""
-    study = recipe.parent / "study"
-    if not (study / "manifest.json").exists():
-        return []
-    with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
-        return [event for event in ledger.events() if event.kind == kind]
-
-
-def left_by(number: str) -> list[Path]:
-    """What a job left in the folder of temporary files."""
-    return list(Path("/tmp").glob(f"slimtune-*-{number}"))
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_study_that_gets_nowhere_within_its_time_limit_is_not_queued_again(
+    slurm: Slurm, slimtune: Here, tmp_path: Path
+):
+    endless = {"finetune": {"max_steps": 10**6}}
+    recipe = write(tmp_path, "endless", baseline=endless, resources={"save_steps": 0})
+    number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
+    until(lambda: happened(recipe, "started"), what="its first training")
+    slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)
+    assert slurm.status(number) == 1, log(recipe)
+    assert slurm.job(number)["Restarts"] == "0"
+    assert "no trial was finished and no training saved within the time limit" in log(recipe)
+    assert left_by(number) == []

@@ -43,7 +43,7 @@ start_ray() {
     export python port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
-        --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
+        --no-kill --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
     ray=$!
     timeout "$start_s" bash -c "$functions; wait_for_nodes" &
     waiting=$!
@@ -68,7 +68,7 @@ ray_node() {
             options+=(--ray-client-server-port="$((port + 10000))")
         fi
     else
-        until is_open "$head" "$port"; do sleep 0.5; done
+        timeout "$start_s" bash -c "$(declare -f is_open wait_for_head); wait_for_head"
         options=(--address="$head:$port")
     fi
     options+=(--node-ip-address="$(address)" --min-worker-port=0 --max-worker-port=0
@@ -78,8 +78,17 @@ ray_node() {
     in_environment "$python" -m ray.scripts.scripts start "${options[@]}" --block >"$log" 2>&1 &
     ray=$!
     wait "$ray"
-    cat -- "$log" >&2 # it has ended by itself
-    return "$((SLURM_PROCID == 0))" # without the head the others end too
+    cat -- "$log" >&2                      # it has ended by itself
+    ((SLURM_PROCID)) || return 1           # without the head the others end too
+    until batch_host_is_lost; do sleep 5; done
+    scontrol requeue "$SLURM_JOB_ID" # nobody else is left to do that, or to end the job
+}
+
+# Slurm takes nodes that it has given up out of the job.
+batch_host_is_lost() {
+    local batch_host nodes
+    read -r batch_host nodes < <(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%B %N')
+    [[ $nodes ]] && ! scontrol show hostnames "$nodes" | grep --quiet --line-regexp "$batch_host"
 }
 
 end_node() {
@@ -88,8 +97,10 @@ end_node() {
     rm -rf -- "$TMPDIR" "$ray_folder"
 } 2>/dev/null
 
+wait_for_head() { until is_open "$head" "$port"; do sleep 0.5; done; }
+
 wait_for_nodes() {
-    until is_open "$head" "$port"; do sleep 0.5; done
+    wait_for_head
     in_environment "$python" -c '
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -100,9 +111,6 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
 
 # The study's own command, and its exit status. In a group of its own it hears INT like a terminal's.
 run_study() {
-    if [[ $SLURM_ARRAY_TASK_ID ]]; then
-        overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir/seed-$SLURM_ARRAY_TASK_ID")
-    fi
     if [[ $ray ]]; then
         overrides+=("resources.address=$head:$port")
     else
@@ -120,6 +128,31 @@ run_study() {
 stop_study() {
     out_of_time=true
     [[ -z $driver ]] || kill -INT -- "-$driver" 2>/dev/null
+}
+
+# What the study has come to so far.
+achieved() {
+    in_environment "$python" -c '
+import sys
+from pathlib import Path
+from orchestrator.status import study_status
+status = study_status(Path(sys.argv[1]))
+print(status["results"], status["checkpoints"])
+' "$output_dir"
+}
+
+# Whether Slurm had to go on without one of the nodes.
+has_lost_nodes() {
+    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%D) != "$SLURM_JOB_NUM_NODES" ]]
+}
+
+# Whether the study had to stop before its end.
+is_cut_short() {
+    if [[ $driver ]]; then
+        [[ $out_of_time && $status == 130 ]]
+    else
+        [[ $out_of_time ]] || has_lost_nodes
+    fi
 }
 
 # Ends what this job has started, and nothing else.
@@ -143,12 +176,23 @@ trap end EXIT
 prepare
 export TMPDIR="$(scratch)/slimtune-job-$SLURM_JOB_ID"
 mkdir -p -- "$TMPDIR"
+if [[ $SLURM_ARRAY_TASK_ID ]]; then
+    output_dir+="/seed-$SLURM_ARRAY_TASK_ID"
+    overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir")
+fi
+before="$(achieved)"
 if { [[ $use_ray == false ]] || start_ray; } && [[ -z $out_of_time ]]; then
     run_study
     status=$?
 fi
 end
-if [[ $out_of_time && ($status == 130 || -z $driver) ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+if is_cut_short; then
+    if has_lost_nodes || [[ $(achieved) != "$before" ]]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    else # the next time would be the same
+        printf 'slurm: no trial was finished and no training saved within the time limit;' >&2
+        printf ' more time is needed, or a smaller resources.save_steps\n' >&2
+        status=1
+    fi
 fi
 exit "$status"

@@ -67,7 +67,7 @@ def _flags(recipe: Recipe, job: Job) -> list[list[str]]:
     flags = [
         [f"--job-name={recipe.name}"],
         [f"--nodes={job.num_nodes}", "--ntasks-per-node=1", *gpus],
-        [f"--signal=B:USR1@{WARNING_S}", "--requeue", "--open-mode=append"],
+        [f"--signal=B:USR1@{WARNING_S}", "--requeue", "--no-kill", "--open-mode=append"],
         list(job.flags),
     ]
     return [line for line in flags if line]
