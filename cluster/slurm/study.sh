@@ -27,6 +27,7 @@ address() {
 }
 
 start_s=300 # seconds in which all nodes have to join
+look_s=10   # seconds between looks of a node that has lost the others
 
 # -- the same everywhere ---------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ start_ray() {
     while is_open "$head" "$port"; do port=$((port + 1)); done
     ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
-    export python start_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
+    export python look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --no-kill --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
@@ -55,33 +56,45 @@ start_ray() {
 
 # One node's part of Ray, until its step is told to end; then nothing of it is left.
 ray_node() {
-    local log="$TMPDIR/ray-$SLURM_PROCID.txt" options
+    local own options=()
     ray=
     trap 'exit 0' TERM
     trap end_node EXIT
     prepare
     mkdir -p -- "$TMPDIR"
+    own="$(address)"
+    set -m # process groups of their own
     if [[ $SLURM_PROCID == 0 ]]; then
         printf '%s\n' "$SLURM_STEP_ID" >"$TMPDIR/step"
         options=(--head --port="$port" --include-dashboard=false --temp-dir="$ray_folder")
         if in_environment "$python" -c 'import grpc' 2>/dev/null; then # Ray's own client is served
             options+=(--ray-client-server-port="$((port + 10000))")
         fi
-    else
-        timeout "$start_s" bash -c "$(declare -f is_open wait_for_head); wait_for_head"
-        options=(--address="$head:$port")
+        run_ray "${options[@]}"
+        return 1 # without the head the others end too
     fi
-    options+=(--node-ip-address="$(address)" --min-worker-port=0 --max-worker-port=0
-        --dashboard-agent-listen-port=0 --disable-usage-stats
-        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
-    set -m # a process group of its own
-    in_environment "$python" -m ray.scripts.scripts start "${options[@]}" --block >"$log" 2>&1 &
+    while true; do # a node that was cut off, or too busy, joins again
+        if timeout "$look_s" bash -c "$(declare -f is_open wait_for_head); wait_for_head"; then
+            run_ray --address="$head:$port"
+            sleep "$look_s"
+        elif batch_host_is_lost; then
+            scontrol requeue "$SLURM_JOB_ID" # nobody else is left to do that, or to end the job
+            return
+        fi
+    done
+}
+
+# Ray with these options on this node, until it ends by itself.
+run_ray() {
+    local log="$TMPDIR/ray-$SLURM_PROCID.txt"
+    in_environment "$python" -m ray.scripts.scripts start "$@" --node-ip-address="$own" \
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+        --disable-usage-stats --block >"$log" 2>&1 &
     ray=$!
     wait "$ray"
-    cat -- "$log" >&2                      # it has ended by itself
-    ((SLURM_PROCID)) || return 1           # without the head the others end too
-    until batch_host_is_lost; do sleep 5; done
-    scontrol requeue "$SLURM_JOB_ID" # nobody else is left to do that, or to end the job
+    cat -- "$log" >&2
+    kill -KILL -- "-$ray" 2>/dev/null
 }
 
 # Slurm takes nodes that it has given up out of the job.
