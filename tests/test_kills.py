@@ -22,7 +22,6 @@ from waiting import until
 
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import ledger_key
-from orchestrator.status import study_status
 from orchestrator.trial import content_hash
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,11 +42,10 @@ ENGINES = {
 }
 
 
-def write(folder: Path, engine: str, **sections: Any) -> Path:
+def write(folder: Path, engine: str) -> Path:
     """The tiny study's recipe in a folder of its own."""
     folder.mkdir()
-    sections = {"space": SPACE, "resources": ENGINES[engine]} | sections
-    return tiny_study.write_recipe(folder, **sections)
+    return tiny_study.write_recipe(folder, space=SPACE, resources=ENGINES[engine])
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
@@ -144,27 +142,6 @@ def test_a_driver_killed_at_any_moment(engine, undisturbed, tmp_path):
     final = measurements(recipe)
     assert set(final) == trials and known.items() <= final.items()
     assert front["trials"]["failed"] == 0
-
-
-@pytest.mark.slow
-def test_a_trial_goes_on_from_its_checkpoint_when_its_driver_was_killed(tmp_path):
-    recipe = write(
-        tmp_path / "killed",
-        "inline",
-        space={"finetune": {"learning_rate": 1e-3, "max_steps": 600}},
-        references={"dense_int8": False, "first_layers": [], "random_twin": False},
-        resources={"engine": "inline", "save_steps": 40},
-    )
-    driver = start(recipe)
-    until(lambda: list(recipe.parent.glob("study/stages/.going-trained-*/step-*")))
-    kill_driver(driver)
-    [(name, step)] = study_status(recipe.parent / "study")["checkpoints"].items()
-    assert name.startswith("trained-") and step % 40 == 0
-    finish(recipe)
-    results = [e.payload["result"] for e in events(recipe) if e.kind == "finished"]
-    gone_on_from = [result["details"]["training"]["resumed_at"] for result in results]
-    assert max(gone_on_from) >= step
-    assert study_status(recipe.parent / "study")["checkpoints"] == {}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ from slurm_cluster import Slurm, processes_of
 from slurm_jobs import front, happened, left_by, log, runtime_s, submitted, write
 from slurm_server import slurm_on_this_machine  # noqa: F401
 from waiting import until
+
+from orchestrator.launch.slurm import achieved
+from orchestrator.ledger import Ledger
+from orchestrator.manifest import ledger_key
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATE = REPOSITORY / "cluster" / "slurm" / "study.sh"
@@ -89,6 +94,19 @@ def test_a_recipe_that_is_not_there_is_bad_input(slimtune: Here, tmp_path: Path)
     done: Ended = slimtune("slurm", tmp_path / "none.yaml", "--nodes", 2)
     assert done.status == 2
     assert done.problems == [f"{tmp_path}/none.yaml cannot be read: No such file or directory."]
+
+
+def test_a_study_gets_somewhere_with_results_and_with_checkpoints(tmp_path: Path):
+    folder = tmp_path / "study"
+    assert achieved(folder) == (0, [])
+    with closing(Ledger(folder / "ledger", ledger_key(folder))) as ledger:
+        ledger.take()
+        for kind in ("asked", "started", "stage", "lost", "started"):
+            ledger.append(kind, "a")
+        assert achieved(folder) == (0, [])
+        ledger.append("measured", "a")
+    (folder / "stages" / ".going-trained-1" / "step-20").mkdir(parents=True)
+    assert achieved(folder) == (1, [".going-trained-1/step-20"])
 
 
 # -- on a cluster ----------------------------------------------------------------------------------

@@ -148,9 +148,8 @@ achieved() {
     in_environment "$python" -c '
 import sys
 from pathlib import Path
-from orchestrator.status import study_status
-status = study_status(Path(sys.argv[1]))
-print(status["results"], status["checkpoints"])
+from orchestrator.launch.slurm import achieved
+print(*achieved(Path(sys.argv[1])))
 ' "$output_dir"
 }
 
