@@ -48,9 +48,9 @@ def front(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "front.json").read_text())
 
 
-def happened(recipe: Path, kind: str) -> list[Event]:
-    """What the ledger of a recipe's study has of a kind."""
-    study = recipe.parent / "study"
+def happened(recipe: Path, kind: str, *, seed: str = "") -> list[Event]:
+    """What the ledger of a recipe's study, or of the one with that seed, has of a kind."""
+    study = recipe.parent / "study" / (f"seed-{seed}" if seed else "")
     if not (study / "manifest.json").exists():
         return []
     with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:

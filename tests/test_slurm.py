@@ -163,18 +163,21 @@ def test_a_cancelled_job_leaves_nothing_and_its_neighbour_alone(
 def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
     slurm: Slurm, slimtune: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """It is the last of an array, whose number is that of the array too."""
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     rates = [rate * 1e-5 for rate in range(1, 10)]
     space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
     recipe = write(tmp_path, "long", task="slow_task:SlowAtFirst", space=space)
-    number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
-    until(lambda: len(happened(recipe, "finished")) > 1, what="the first trial")
+    array = submitted(slimtune, recipe, "--no-ray", flags=("--time=60", "--array=3-4"))
+    number = f"{array}_4"
+    until(lambda: len(happened(recipe, "finished", seed="4")) > 1, what="the first trial")
     slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)  # not a minute ahead of it
     until(lambda: slurm.job(number)["Restarts"] == "1", what="its time limit")
-    before = happened(recipe, "finished")
+    before = happened(recipe, "finished", seed="4")
     slurm.limit(number, minutes=60)
-    assert slurm.status(number) == 0, log(recipe)
-    after = happened(recipe, "finished")
+    assert [slurm.status(f"{array}_{seed}") for seed in (3, 4)] == [0, 0], log(recipe)
+    assert slurm.job(f"{array}_3")["Restarts"] == "0"
+    after = happened(recipe, "finished", seed="4")
     assert len(before) < len(after) and after[: len(before)] == before
     assert len({event.key for event in after}) == len(after)  # none was run twice
     assert len({event.lease for event in after}) == 2

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import Here
 from hosts import REPOSITORY, Hosts
-from slurm_cluster import Slurm, processes_of, start_node
+from slurm_cluster import Slurm, command, processes_of, start_node
 from slurm_jobs import front, happened, left_by, log, runtime_s, submitted, write
 from slurm_server import slurm_over_hosts  # noqa: F401
 from waiting import until
@@ -154,6 +154,22 @@ def test_a_study_whose_own_host_lost_power_is_queued_again_and_goes_on(
         back(slurm, hosts, 1)
     assert slurm.status(number) == 0, log(recipe)
     assert len(results(recipe)) == 4 and steps_gone_on_from(recipe)
+    leaves_nothing(number, hosts)
+
+
+def test_a_study_that_is_queued_again_at_once_waits_until_its_driver_counts_as_dead(
+    slurm: Slurm, hosts: Hosts, slimtune: Here, tmp_path: Path
+):
+    """Its processes are killed, and on the other host nobody sees that they are gone."""
+    recipe = write_long(tmp_path, task="SlowAtFirst", steps=2000, count=1)
+    number = submitted(slimtune, recipe, "--no-ray")
+    until(lambda: in_mid_trial(recipe), what="a checkpoint")
+    host = slurm.job(number)["BatchHost"]
+    command("scontrol", "requeue", number)
+    command("scontrol", "update", f"JobId={number}", f"ExcNodeList={host}")
+    assert slurm.status(number) == 0, log(recipe)
+    assert "waiting whether" in log(recipe) and f" on {host} (process " in log(recipe)
+    assert len(results(recipe)) == 2 and steps_gone_on_from(recipe)
     leaves_nothing(number, hosts)
 
 

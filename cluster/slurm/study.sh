@@ -41,7 +41,7 @@ start_ray() {
     while is_open "$head" "$port"; do port=$((port + 1)); done
     ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
-    export python look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
+    export python job look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --no-kill --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
@@ -78,7 +78,7 @@ ray_node() {
             run_ray --address="$head:$port"
             sleep "$look_s"
         elif batch_host_is_lost; then
-            scontrol requeue "$SLURM_JOB_ID" # nobody else is left to do that, or to end the job
+            scontrol requeue "$job" # nobody else is left to do that, or to end the job
             return
         fi
     done
@@ -100,7 +100,7 @@ run_ray() {
 # Slurm takes nodes that it has given up out of the job.
 batch_host_is_lost() {
     local batch_host nodes
-    read -r batch_host nodes < <(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%B %N')
+    read -r batch_host nodes < <(squeue --noheader --jobs="$job" --format='%B %N')
     [[ $nodes ]] && ! scontrol show hostnames "$nodes" | grep --quiet --line-regexp "$batch_host"
 }
 
@@ -155,7 +155,7 @@ print(*achieved(Path(sys.argv[1])))
 
 # Whether Slurm had to go on without one of the nodes.
 has_lost_nodes() {
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%D) != "$SLURM_JOB_NUM_NODES" ]]
+    [[ $(squeue --noheader --jobs="$job" --format=%D) != "$SLURM_JOB_NUM_NODES" ]]
 }
 
 # Whether the study had to stop before its end.
@@ -175,13 +175,13 @@ end() {
     [[ -z $driver ]] || kill -KILL -- "-$driver" 2>/dev/null
     if [[ $ray ]]; then
         step="$(cat -- "$TMPDIR/step" 2>/dev/null)"
-        if [[ $step ]]; then scancel --signal=TERM "$SLURM_JOB_ID.$step"; else kill "$ray"; fi
+        if [[ $step ]]; then scancel --signal=TERM "$job.$step"; else kill "$ray"; fi
         wait "$ray"
     fi
     rm -rf -- "$TMPDIR"
 } 2>/dev/null
 
-driver='' ray='' out_of_time='' status=1
+driver='' ray='' out_of_time='' status=1 job="$SLURM_JOB_ID"
 trap stop_study USR1
 trap 'exit 143' TERM
 trap end EXIT
@@ -189,6 +189,7 @@ prepare
 export TMPDIR="$(scratch)/slimtune-job-$SLURM_JOB_ID"
 mkdir -p -- "$TMPDIR"
 if [[ $SLURM_ARRAY_TASK_ID ]]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # a number may be that of the whole array too
     output_dir+="/seed-$SLURM_ARRAY_TASK_ID"
     overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir")
 fi
@@ -200,7 +201,7 @@ fi
 end
 if is_cut_short; then
     if has_lost_nodes || [[ $(achieved) != "$before" ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$job"
     else # the next time would be the same
         printf 'slurm: no trial was finished and no training saved within the time limit;' >&2
         printf ' more time is needed, or a smaller resources.save_steps\n' >&2
