@@ -105,6 +105,11 @@ class Hosts:
     def own(self, number: int) -> Path:
         return self.folder / f"host{number}.apart"
 
+    @property
+    def outside(self) -> str:
+        """The address by which hosts reach this machine."""
+        return self.address(OUTSIDE)
+
     # -- processes -------------------------------------------------------------------------------
 
     def start(

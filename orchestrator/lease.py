@@ -11,6 +11,8 @@ import json
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,6 +23,7 @@ from orchestrator.database import Database, connect
 from orchestrator.trial import BadInput
 
 LEASE_S = 30.0
+POLL_S = 0.5  # between looks at a lease that may be renewed
 TABLE = """CREATE TABLE slimtune_leases (
     study TEXT PRIMARY KEY, number BIGINT NOT NULL, holder TEXT,
     taken DOUBLE PRECISION NOT NULL, renewed DOUBLE PRECISION NOT NULL)"""
@@ -124,15 +127,26 @@ def read(database: Database, study: str) -> Lease | None:
     return lease if lease is not None and lease.is_alive else None
 
 
-def take(database: Database, study: str) -> int:
-    """Take the lease, and return its number. Raises `Held`."""
+def take(database: Database, study: str, *, wait: Callable[[str], None] = lambda text: None) -> int:
+    """Take the lease, and return its number. Raises `Held`.
+
+    Of a driver that cannot be seen from here nobody knows whether it is alive until it renews its
+    lease, or that runs out: `wait` is told once that this is waited for.
+    """
     database.change(
         "INSERT INTO slimtune_leases VALUES (?, 0, NULL, 0, 0) ON CONFLICT DO NOTHING", (study,)
     )
+    first: tuple[int, float] | None = None
     while True:
         (number, renewed), lease = _read(database, study)
         if lease is not None and lease.is_alive:
-            raise Held(lease.sentence(study))
+            if lease.is_seen or first not in (None, (number, renewed)):
+                raise Held(lease.sentence(study))
+            if first is None:
+                wait(f"waiting whether {lease.holder} is heard of again")
+            first = (number, renewed)
+            time.sleep(POLL_S)
+            continue
         # only as it was read: its holder may wake up meanwhile, and another driver be quicker
         taken = database.change(
             "UPDATE slimtune_leases SET number = number + 1, holder = ?, taken = epoch(),"

@@ -71,17 +71,17 @@ class Ledger:
         self._heartbeat: lease.Heartbeat | None = None
         self._database = _open(where, write=False)
 
-    def take(self) -> int:
+    def take(self, *, wait: Callable[[str], None] = lambda text: None) -> int:
         """Take the driver's lease, begin the ledger if there is none, and return the lease's number.
 
-        The lease of a driver that is dead, or was not heard of for too long, is taken over.
-        Raises `Held`.
+        The lease of a driver that is dead, or was not heard of for too long, is taken over; `wait`
+        is told where it takes a while to know. Raises `Held`.
         """
         assert self.lease is None, "the lease is taken once"
         self._close()
         self._database = _open(self._where, write=True)
         assert self._database is not None
-        self.lease = lease.take(self._database, self.study)
+        self.lease = lease.take(self._database, self.study, wait=wait)
         self._written = self._last_id(self._database)
         self._heartbeat = lease.Heartbeat(self._where, self.study, self.lease)
         self._heartbeat.start()

@@ -69,6 +69,15 @@ def clear_unfinished(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def checkpoints(folder: Path, storage: Storage | None = None) -> list[str]:
+    """Of trainings that are still to be gone on with, in a folder of stages or in its storage."""
+    found = set(folder.glob(f"{GOING}*/step-*"))
+    if storage:
+        going = [path for path in storage.below(folder) if path.name.startswith(GOING)]
+        found.update(step for path in going for step in storage.below(path))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
 class Stages:
     """The folder of stage results of one study (or of several that share it).
 

@@ -206,7 +206,7 @@ class Study:
         where = self.recipe.ledger or self.folder / "ledger"
         ledger = Ledger(where, ledger_key(self.folder))
         try:
-            ledger.take()
+            ledger.take(wait=self.watch.note)
             open_study(self.folder, self.recipe)  # another driver may have begun it meanwhile
             clear_unfinished(self.folder / "stages")
             if not (self.folder / RECIPE).exists():

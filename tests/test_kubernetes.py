@@ -1,8 +1,4 @@
-"""The manifests for KubeRay: known fields, parts that fit, and commands that this package has.
-
-The fields are those of KubeRay's API reference, ray.io/v1; pods have those of Kubernetes that are
-used here.
-"""
+"""The manifests for KubeRay: as the schemas say, parts that fit, and commands that this package has."""
 
 from __future__ import annotations
 
@@ -12,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import tiny_study
 import typer
 import yaml
+from kuberay_schema import check
 
 from orchestrator import __version__
 from orchestrator.cli import app
@@ -25,28 +23,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 FOLDER = REPOSITORY / "cluster" / "kubernetes"
 DOCKERFILE = (REPOSITORY / "cluster" / "Dockerfile").read_text()
 Json = dict[str, Any]
-
-RAY_CLUSTER = {
-    "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions",
-    "headGroupSpec", "headServiceAnnotations", "managedBy", "rayVersion", "suspend",
-    "workerGroupSpecs",
-}  # fmt: skip
-RAY_JOB = {
-    "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
-    "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy",
-    "metadata", "rayClusterSpec", "runtimeEnvYAML", "shutdownAfterJobFinishes", "submissionMode",
-    "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
-}  # fmt: skip
-HEAD = {"enableIngress", "headService", "rayStartParams", "serviceType", "template"}
-WORKERS = {
-    "groupName", "idleTimeoutSeconds", "maxReplicas", "minReplicas", "numOfHosts",
-    "rayStartParams", "replicas", "scaleStrategy", "suspend", "template",
-}  # fmt: skip
-FAULT_TOLERANCE = {
-    "externalStorageNamespace", "redisAddress", "redisPassword", "redisUsername",
-}  # fmt: skip
-POD = {"containers", "securityContext", "volumes"}
-CONTAINER = {"command", "env", "image", "name", "resources", "volumeMounts"}
 
 
 def documents() -> list[Json]:
@@ -73,24 +49,56 @@ def pods() -> Iterator[Json]:
     yield of_kind("StatefulSet")["spec"]["template"]["spec"]
 
 
-def test_every_field_is_one_that_kuberay_knows():
-    assert set(of_kind("RayJob")["spec"]) <= RAY_JOB
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document["kind"])
+def test_every_manifest_is_what_its_schema_says(document: Json):
+    check(document)
+
+
+def test_groups_have_room_for_their_replicas_and_clusters_want_a_token():
     for cluster in clusters():
-        assert set(cluster) <= RAY_CLUSTER and cluster["authOptions"] == {"mode": "token"}
-        assert set(cluster["headGroupSpec"]) <= HEAD
-        assert set(cluster.get("gcsFaultToleranceOptions", {})) <= FAULT_TOLERANCE
+        assert cluster["authOptions"] == {"mode": "token"}
         for group in cluster["workerGroupSpecs"]:
-            assert set(group) <= WORKERS
             assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        for group in groups(cluster):
-            values = group["rayStartParams"].values()
-            assert all(isinstance(value, str) for value in values)
+
+
+HEAD = ("headGroupSpec",)
+CONTAINER = (*HEAD, "template", "spec", "containers", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("workers",), []),
+        (("rayVersion",), 2.6),
+        (("authOptions", "mode"), "password"),
+        (("gcsFaultToleranceOptions",), {"externalStorageNamespace": "mine"}),
+        ((*HEAD, "rayStartParams", "num-cpus"), 0),
+        ((*HEAD, "replicas"), 1),
+        (("workerGroupSpecs", 0, "replicas"), "2"),
+        (("workerGroupSpecs", 0, "replicas"), -1),
+        (("workerGroupSpecs", 0, "template", "spec"), {}),
+        ((*CONTAINER, "volumeMount"), []),
+        ((*CONTAINER, "env", 0, "value"), 1),
+        ((*CONTAINER, "resources", "limits", "cpu"), [2]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob"])
+def test_what_kuberay_would_refuse_is_refused_here(
+    kind: str, place: tuple[str | int, ...], value: Any
+):
+    document = of_kind(kind)
+    spec = document["spec"]
+    found = spec if kind == "RayCluster" else spec["rayClusterSpec"]
+    for name in place[:-1]:
+        found = found[name]
+    found[place[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        check(document)
 
 
 def test_pods_fit_together():
     claims = {of_kind("PersistentVolumeClaim")["metadata"]["name"]}
     for pod in pods():
-        assert set(pod) <= POD
         assert pod["securityContext"]["runAsNonRoot"] is True
         volumes = {volume["name"]: volume for volume in pod.get("volumes", ())}
         own = {
@@ -104,7 +112,6 @@ def test_pods_fit_together():
         }
         assert named <= claims
         (container,) = pod["containers"]
-        assert set(container) <= CONTAINER
         assert container["resources"]["requests"] == container["resources"]["limits"]
         for mount in container["volumeMounts"]:
             assert mount["name"] in volumes or (

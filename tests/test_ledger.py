@@ -291,6 +291,22 @@ def test_the_lease_of_another_machine_is_its_own_while_it_is_renewed(ledger, whe
     other.close()
 
 
+def test_a_driver_that_cannot_be_seen_and_is_silent_is_waited_for(where, driver, monkeypatch):
+    first = driver()
+    assert first.said == "taken 1"
+    first.killed()
+    elsewhere(monkeypatch)
+    monkeypatch.setattr(lease, "LEASE_S", 3)
+    ledger, told = Ledger(where, "study"), []
+    before = time.monotonic()
+    assert ledger.held() is not None
+    assert ledger.take(wait=told.append) == 2
+    assert time.monotonic() - before > 1
+    [sentence] = told
+    assert f"(process {first.process.pid}) is heard of again" in sentence
+    ledger.close()
+
+
 def test_a_lease_is_renewed_though_nothing_is_written(where, monkeypatch):
     monkeypatch.setattr(lease, "LEASE_S", 0.3)
     ledger = Ledger(where, "study")

@@ -6,51 +6,26 @@ import json
 import subprocess
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_study
-import yaml
 from conftest import Ended, Here
-from slurm_server import Slurm, processes_of, slurm_of_ones_own  # noqa: F401
+from slurm_cluster import Slurm, processes_of
+from slurm_jobs import front, happened, left_by, log, runtime_s, submitted, write
+from slurm_server import slurm_on_this_machine  # noqa: F401
 from waiting import until
 
-from orchestrator.ledger import Event, Ledger
+from orchestrator.launch.slurm import achieved
+from orchestrator.ledger import Ledger
 from orchestrator.manifest import ledger_key
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEMPLATE = REPOSITORY / "cluster" / "slurm" / "study.sh"
-FEW: dict[str, Any] = {
-    "space": {"quantize": {"choice": ["none", "W8A8"]}, "finetune": {"max_steps": 2}},
-    "references": {"dense_int8": False, "first_layers": [], "random_twin": False},
-}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     return tiny_study.write_recipe(tmp_path)
-
-
-def write(folder: Path, name: str, **sections: Any) -> Path:
-    """A recipe of a few trials in a folder of its own."""
-    (folder / name).mkdir()
-    return tiny_study.write_recipe(folder / name, **(FEW | sections))
-
-
-def submitted(slimtune: Here, recipe: Path, *arguments: object, flags: tuple[str, ...] = ()) -> str:
-    """The number of the job that runs a recipe; its log lies beside it."""
-    flags = (*flags, f"--output={recipe.parent}/slurm-%a.txt")
-    done = slimtune("slurm", recipe, *arguments, "--json", "--", *flags)
-    assert done.status == 0, done.err
-    return str(json.loads(done.out)["job_id"])
-
-
-def log(recipe: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(recipe.parent.glob("slurm-*.txt")))
-
-
-def front(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "front.json").read_text())
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -121,6 +96,19 @@ def test_a_recipe_that_is_not_there_is_bad_input(slimtune: Here, tmp_path: Path)
     assert done.problems == [f"{tmp_path}/none.yaml cannot be read: No such file or directory."]
 
 
+def test_a_study_gets_somewhere_with_results_and_with_checkpoints(tmp_path: Path):
+    folder = tmp_path / "study"
+    assert achieved(folder) == (0, [])
+    with closing(Ledger(folder / "ledger", ledger_key(folder))) as ledger:
+        ledger.take()
+        for kind in ("asked", "started", "stage", "lost", "started"):
+            ledger.append(kind, "a")
+        assert achieved(folder) == (0, [])
+        ledger.append("measured", "a")
+    (folder / "stages" / ".going-trained-1" / "step-20").mkdir(parents=True)
+    assert achieved(folder) == (1, [".going-trained-1/step-20"])
+
+
 # -- on a cluster ----------------------------------------------------------------------------------
 
 
@@ -175,41 +163,38 @@ def test_a_cancelled_job_leaves_nothing_and_its_neighbour_alone(
 def test_at_its_time_limit_a_study_is_interrupted_and_goes_on_later(
     slurm: Slurm, slimtune: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    """It is the last of an array, whose number is that of the array too."""
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
     rates = [rate * 1e-5 for rate in range(1, 10)]
     space = {"finetune": {"learning_rate": {"choice": rates}, "max_steps": 100}}
-    recipe = write(tmp_path, "long", space=space, allow_code=True)
-    written = yaml.safe_load(recipe.read_text())
-    written["task"]["name"] = "slow_task:SlowAtFirst"
-    recipe.write_text(yaml.safe_dump(written))
-    number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
-    until(lambda: len(happened(recipe, "finished")) > 1, what="the first trial")
+    recipe = write(tmp_path, "long", task="slow_task:SlowAtFirst", space=space)
+    array = submitted(slimtune, recipe, "--no-ray", flags=("--time=60", "--array=3-4"))
+    number = f"{array}_4"
+    until(lambda: len(happened(recipe, "finished", seed="4")) > 1, what="the first trial")
     slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)  # not a minute ahead of it
     until(lambda: slurm.job(number)["Restarts"] == "1", what="its time limit")
-    before = happened(recipe, "finished")
+    before = happened(recipe, "finished", seed="4")
     slurm.limit(number, minutes=60)
-    assert slurm.status(number) == 0, log(recipe)
-    after = happened(recipe, "finished")
+    assert [slurm.status(f"{array}_{seed}") for seed in (3, 4)] == [0, 0], log(recipe)
+    assert slurm.job(f"{array}_3")["Restarts"] == "0"
+    after = happened(recipe, "finished", seed="4")
     assert len(before) < len(after) and after[: len(before)] == before
     assert len({event.key for event in after}) == len(after)  # none was run twice
     assert len({event.lease for event in after}) == 2
     assert "Interrupted. The same command goes on from here." in log(recipe)
 
 
-def runtime_s(job: dict[str, str]) -> int:
-    hours, minutes, seconds = map(int, job["RunTime"].split(":"))
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def happened(recipe: Path, kind: str) -> list[Event]:
-    """What the ledger of a recipe's study has of a kind."""
-    study = recipe.parent / "study"
-    if not (study / "manifest.json").exists():
-        return []
-    with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
-        return [event for event in ledger.events() if event.kind == kind]
-
-
-def left_by(number: str) -> list[Path]:
-    """What a job left in the folder of temporary files."""
-    return list(Path("/tmp").glob(f"slimtune-*-{number}"))
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_study_that_gets_nowhere_within_its_time_limit_is_not_queued_again(
+    slurm: Slurm, slimtune: Here, tmp_path: Path
+):
+    endless = {"finetune": {"max_steps": 10**6}}
+    recipe = write(tmp_path, "endless", baseline=endless, resources={"save_steps": 0})
+    number = submitted(slimtune, recipe, "--no-ray", flags=("--time=60",))
+    until(lambda: happened(recipe, "started"), what="its first training")
+    slurm.limit(number, minutes=2 + runtime_s(slurm.job(number)) // 60)
+    assert slurm.status(number) == 1, log(recipe)
+    assert slurm.job(number)["Restarts"] == "0"
+    assert "no trial was finished and no training saved within the time limit" in log(recipe)
+    assert left_by(number) == []

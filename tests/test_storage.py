@@ -15,7 +15,7 @@ from servers import s3, s3_server  # noqa: F401
 from orchestrator import scratch
 from orchestrator.checkpoint import ABOUT, Saver
 from orchestrator.recipe import make_recipe
-from orchestrator.stages import Stages, folder_sha256
+from orchestrator.stages import Stages, checkpoints, folder_sha256
 from orchestrator.storage import Storage, StorageAway, open_uri
 from orchestrator.study import Study
 from orchestrator.trial import BadInput
@@ -50,6 +50,15 @@ def test_what_one_worker_sends_another_fetches(storage: Make, tmp_path: Path):
     assert [path.name for path in there.parent.iterdir()] == ["trained-1"]
     one.remove(sent)
     assert not other.fetch(there) and other.below(there.parent) == []
+
+
+def test_checkpoints_are_seen_from_where_none_is_written(storage: Make, tmp_path: Path):
+    stages = tmp_path / "one" / "stages"
+    storage("one").send(filled(stages / "trained-1"))
+    storage("one").send(filled(stages / ".going-trained-2" / "step-20"))
+    there = tmp_path / "other" / "stages"
+    assert checkpoints(there) == []
+    assert checkpoints(there, storage("other")) == [".going-trained-2/step-20"]
 
 
 def test_versions_of_a_folder_are_told_apart(storage: Make, tmp_path: Path):

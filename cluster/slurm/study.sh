@@ -27,6 +27,7 @@ address() {
 }
 
 start_s=300 # seconds in which all nodes have to join
+look_s=10   # seconds between looks of a node that has lost the others
 
 # -- the same everywhere ---------------------------------------------------------------------------
 
@@ -40,10 +41,10 @@ start_ray() {
     while is_open "$head" "$port"; do port=$((port + 1)); done
     ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
-    export python port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
+    export python job look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
     srun --overlap --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
-        --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
+        --no-kill --kill-on-bad-exit=1 --wait=0 bash -c "$functions; ray_node" </dev/null &
     ray=$!
     timeout "$start_s" bash -c "$functions; wait_for_nodes" &
     waiting=$!
@@ -55,31 +56,52 @@ start_ray() {
 
 # One node's part of Ray, until its step is told to end; then nothing of it is left.
 ray_node() {
-    local log="$TMPDIR/ray-$SLURM_PROCID.txt" options
+    local own options=()
     ray=
     trap 'exit 0' TERM
     trap end_node EXIT
     prepare
     mkdir -p -- "$TMPDIR"
+    own="$(address)"
+    set -m # process groups of their own
     if [[ $SLURM_PROCID == 0 ]]; then
         printf '%s\n' "$SLURM_STEP_ID" >"$TMPDIR/step"
         options=(--head --port="$port" --include-dashboard=false --temp-dir="$ray_folder")
         if in_environment "$python" -c 'import grpc' 2>/dev/null; then # Ray's own client is served
             options+=(--ray-client-server-port="$((port + 10000))")
         fi
-    else
-        until is_open "$head" "$port"; do sleep 0.5; done
-        options=(--address="$head:$port")
+        run_ray "${options[@]}"
+        return 1 # without the head the others end too
     fi
-    options+=(--node-ip-address="$(address)" --min-worker-port=0 --max-worker-port=0
-        --dashboard-agent-listen-port=0 --disable-usage-stats
-        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}")
-    set -m # a process group of its own
-    in_environment "$python" -m ray.scripts.scripts start "${options[@]}" --block >"$log" 2>&1 &
+    while true; do # a node that was cut off, or too busy, joins again
+        if timeout "$look_s" bash -c "$(declare -f is_open wait_for_head); wait_for_head"; then
+            run_ray --address="$head:$port"
+            sleep "$look_s"
+        elif batch_host_is_lost; then
+            scontrol requeue "$job" # nobody else is left to do that, or to end the job
+            return
+        fi
+    done
+}
+
+# Ray with these options on this node, until it ends by itself.
+run_ray() {
+    local log="$TMPDIR/ray-$SLURM_PROCID.txt"
+    in_environment "$python" -m ray.scripts.scripts start "$@" --node-ip-address="$own" \
+        --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
+        --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
+        --disable-usage-stats --block >"$log" 2>&1 &
     ray=$!
     wait "$ray"
-    cat -- "$log" >&2 # it has ended by itself
-    return "$((SLURM_PROCID == 0))" # without the head the others end too
+    cat -- "$log" >&2
+    kill -KILL -- "-$ray" 2>/dev/null
+}
+
+# Slurm takes nodes that it has given up out of the job.
+batch_host_is_lost() {
+    local batch_host nodes
+    read -r batch_host nodes < <(squeue --noheader --jobs="$job" --format='%B %N')
+    [[ $nodes ]] && ! scontrol show hostnames "$nodes" | grep --quiet --line-regexp "$batch_host"
 }
 
 end_node() {
@@ -88,8 +110,10 @@ end_node() {
     rm -rf -- "$TMPDIR" "$ray_folder"
 } 2>/dev/null
 
+wait_for_head() { until is_open "$head" "$port"; do sleep 0.5; done; }
+
 wait_for_nodes() {
-    until is_open "$head" "$port"; do sleep 0.5; done
+    wait_for_head
     in_environment "$python" -c '
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -100,9 +124,6 @@ while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
 
 # The study's own command, and its exit status. In a group of its own it hears INT like a terminal's.
 run_study() {
-    if [[ $SLURM_ARRAY_TASK_ID ]]; then
-        overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir/seed-$SLURM_ARRAY_TASK_ID")
-    fi
     if [[ $ray ]]; then
         overrides+=("resources.address=$head:$port")
     else
@@ -122,6 +143,30 @@ stop_study() {
     [[ -z $driver ]] || kill -INT -- "-$driver" 2>/dev/null
 }
 
+# What the study has come to so far.
+achieved() {
+    in_environment "$python" -c '
+import sys
+from pathlib import Path
+from orchestrator.launch.slurm import achieved
+print(*achieved(Path(sys.argv[1])))
+' "$output_dir"
+}
+
+# Whether Slurm had to go on without one of the nodes.
+has_lost_nodes() {
+    [[ $(squeue --noheader --jobs="$job" --format=%D) != "$SLURM_JOB_NUM_NODES" ]]
+}
+
+# Whether the study had to stop before its end.
+is_cut_short() {
+    if [[ $driver ]]; then
+        [[ $out_of_time && $status == 130 ]]
+    else
+        [[ $out_of_time ]] || has_lost_nodes
+    fi
+}
+
 # Ends what this job has started, and nothing else.
 end() {
     local step
@@ -130,25 +175,37 @@ end() {
     [[ -z $driver ]] || kill -KILL -- "-$driver" 2>/dev/null
     if [[ $ray ]]; then
         step="$(cat -- "$TMPDIR/step" 2>/dev/null)"
-        if [[ $step ]]; then scancel --signal=TERM "$SLURM_JOB_ID.$step"; else kill "$ray"; fi
+        if [[ $step ]]; then scancel --signal=TERM "$job.$step"; else kill "$ray"; fi
         wait "$ray"
     fi
     rm -rf -- "$TMPDIR"
 } 2>/dev/null
 
-driver='' ray='' out_of_time='' status=1
+driver='' ray='' out_of_time='' status=1 job="$SLURM_JOB_ID"
 trap stop_study USR1
 trap 'exit 143' TERM
 trap end EXIT
 prepare
 export TMPDIR="$(scratch)/slimtune-job-$SLURM_JOB_ID"
 mkdir -p -- "$TMPDIR"
+if [[ $SLURM_ARRAY_TASK_ID ]]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # a number may be that of the whole array too
+    output_dir+="/seed-$SLURM_ARRAY_TASK_ID"
+    overrides+=("seed=$SLURM_ARRAY_TASK_ID" "output_dir=$output_dir")
+fi
+before="$(achieved)"
 if { [[ $use_ray == false ]] || start_ray; } && [[ -z $out_of_time ]]; then
     run_study
     status=$?
 fi
 end
-if [[ $out_of_time && ($status == 130 || -z $driver) ]]; then
-    scontrol requeue "$SLURM_JOB_ID"
+if is_cut_short; then
+    if has_lost_nodes || [[ $(achieved) != "$before" ]]; then
+        scontrol requeue "$job"
+    else # the next time would be the same
+        printf 'slurm: no trial was finished and no training saved within the time limit;' >&2
+        printf ' more time is needed, or a smaller resources.save_steps\n' >&2
+        status=1
+    fi
 fi
 exit "$status"

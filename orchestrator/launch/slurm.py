@@ -7,17 +7,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 
+from orchestrator.ledger import Ledger
+from orchestrator.manifest import ledger_key, read_manifest
 from orchestrator.problems import raise_if
 from orchestrator.recipe import Recipe, load_recipe
+from orchestrator.stages import checkpoints
+from orchestrator.storage import Storage
 from orchestrator.trial import BadInput
 
 TEMPLATE = Path(__file__).with_name("slurm.sh")  # a link to cluster/slurm/study.sh in a clone
 MARKS = ("# @sbatch", "# @study")
 WARNING_S = 120  # seconds before its time limit in which a study ends cleanly
+STORAGE_S = 30.0  # of them, for a storage that does not answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ def _flags(recipe: Recipe, job: Job) -> list[list[str]]:
     flags = [
         [f"--job-name={recipe.name}"],
         [f"--nodes={job.num_nodes}", "--ntasks-per-node=1", *gpus],
-        [f"--signal=B:USR1@{WARNING_S}", "--requeue", "--open-mode=append"],
+        [f"--signal=B:USR1@{WARNING_S}", "--requeue", "--no-kill", "--open-mode=append"],
         list(job.flags),
     ]
     return [line for line in flags if line]
@@ -115,3 +121,17 @@ def submit(script: str) -> str:
         said = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
         raise BadInput([f"sbatch: {line.removeprefix('sbatch: error: ')}" for line in said])
     return done.stdout.strip().partition(";")[0]
+
+
+def achieved(folder: Path) -> tuple[int, list[str]]:
+    """What the study in a folder has come to: how many results, and the checkpoints beyond them.
+
+    As long as it stays the same, the study gets nowhere.
+    """
+    manifest = read_manifest(folder)
+    recipe = manifest["recipe"] if manifest else {}
+    with closing(Ledger(recipe.get("ledger") or folder / "ledger", ledger_key(folder))) as ledger:
+        num_results = sum(event.kind in ("finished", "measured") for event in ledger.events())
+    uri = recipe.get("storage")
+    storage = Storage(uri, folder, patience_s=STORAGE_S) if uri else None
+    return num_results, checkpoints(folder / "stages", storage)
