@@ -55,7 +55,7 @@ def share_processes(size: int) -> None:
         number = next(numbers)
         if number % size == 0:
             crowds.append(remote.remote())
-        crowds[-1].add.options(concurrency_group="work").remote(number, worker, arguments)
+        ray.get(crowds[-1].add.options(concurrency_group="work").remote(number, worker, arguments))
         return Member(crowds[-1], number)
 
     Gang._actor = member  # type: ignore[method-assign, assignment]

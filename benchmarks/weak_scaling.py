@@ -30,17 +30,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from control_plane import recipe_for, surrogate
 from hosts import REPOSITORY, Hosts
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(REPOSITORY))
-
-from control_plane import recipe_for, surrogate  # noqa: E402
-from orchestrator.facts import facts_of  # noqa: E402
-from orchestrator.recipe import Recipe  # noqa: E402
-from orchestrator.study import Silent, Study  # noqa: E402
-from orchestrator.trial import Result, TrialResult, Work  # noqa: E402
+from orchestrator.facts import facts_of
+from orchestrator.recipe import Recipe
+from orchestrator.study import Silent, Study
+from orchestrator.trial import Result, TrialResult, Work
 
 Json = dict[str, Any]
 LAYOUTS = ("1x1", "1x4", "1x16", "1x64", "2x16", "3x16")
@@ -83,10 +81,12 @@ class Holding:
     def meet(self) -> None:
         """Until all gangs are there, and then to the same moment in all of them."""
         (self.meeting / f"gang-{socket.gethostname()}-{os.getpid()}-{id(self)}").touch()
-        while len(there := list(self.meeting.glob("gang-*"))) < self.plan["num_gangs"]:
+        begin = self.meeting / "begin"
+        if len(list(self.meeting.glob("gang-*"))) == self.plan["num_gangs"]:
+            begin.touch()
+        while not begin.exists():
             time.sleep(LOOK_S)
-        last = max(path.stat().st_mtime for path in there)
-        time.sleep(max(0.0, last + TOGETHER_S - time.time()))
+        time.sleep(max(0.0, begin.stat().st_mtime + TOGETHER_S - time.time()))
 
     def reset(self) -> None: ...
 
