@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__, pareto
+from orchestrator.node_facts import MARKS
 from orchestrator.recipe import Recipe
 from orchestrator.stages import file_sha256, write_atomically
 from orchestrator.trial import BadInput, content_hash
@@ -17,7 +18,7 @@ from orchestrator.widening import contradictions
 
 Json = dict[str, Any]
 NAME, SCHEMA = "manifest.json", 2
-OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml"}
+OWN_NAMES = {"stages", "ledger", "trials", "baseline", "recipe.yaml", MARKS}
 
 
 def read_manifest(folder: Path) -> Json | None:
