@@ -70,7 +70,7 @@ def split_outcomes(
     """Completed trials as (front, dominated, over a limit); the front is among those within limits."""
     completed = [outcome for outcome in outcomes if outcome.completed]
     allowed = [o for o in completed if pareto.within_limits(o.metrics, limits)]
-    over = [o for o in completed if o not in allowed]
+    over = [o for o in completed if not pareto.within_limits(o.metrics, limits)]
     points = pareto.normalise([o.metrics for o in allowed], objectives)
     best = set(pareto.front(points).tolist()) if len(points) else set()
     front = [o for i, o in enumerate(allowed) if i in best]

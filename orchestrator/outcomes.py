@@ -29,6 +29,7 @@ class Outcomes:
         self._best = np.empty((0, len(recipe.objectives)))  # the front so far, to be minimised
         self._ids: list[str] = []
         self._volume: float | None = 0.0
+        self._is_stale = False  # a point of the front so far has changed
         self.largest_mb = 0.0  # of all artifacts
 
     def __iter__(self) -> Iterator[Outcome]:
@@ -44,13 +45,13 @@ class Outcomes:
         """Take in an outcome; one of the same trial is replaced."""
         key = outcome.result.trial_id
         self.largest_mb = max(self.largest_mb, outcome.metrics.get("size_mb", 0.0))
-        known = key in self._by_id
         self._by_id[key] = outcome
         if outcome.role == "baseline":
             self.baselines[outcome.result.config.model] = outcome
-        if known:
-            self._begin_again()
-        else:
+            self._volume = None  # it is in units of this one
+        if key in self._ids:
+            self._is_stale = True
+        elif not self._is_stale:
             self._enter(outcome)
 
     def split(self) -> Split:
@@ -68,6 +69,7 @@ class Outcomes:
     @property
     def hypervolume(self) -> float:
         """Of the front so far, in units of the first dense baseline; 0 before there is one."""
+        self._refresh()
         if self._volume is None:
             front = [self._by_id[key] for key in self._ids]
             dense = next(iter(self.baselines.values()), None)
@@ -84,11 +86,14 @@ class Outcomes:
     def _reference(self) -> dict[str, float]:
         return pareto.reference_point(self.recipe.objectives)
 
-    def _begin_again(self) -> None:
-        """A point has changed: what it had ruled out may be on the front after all."""
-        self._best, self._ids = self._best[:0], []
+    def _refresh(self) -> None:
+        """Where a point of the front has changed, what it had ruled out may be on it after all."""
+        if not self._is_stale:
+            return
+        self._best, self._ids, self._volume = self._best[:0], [], None
         for outcome in self:
             self._enter(outcome)
+        self._is_stale = False
 
     def _enter(self, outcome: Outcome) -> None:
         """Put a completed point on the front so far, unless another one dominates it."""
@@ -126,6 +131,7 @@ class Outcomes:
         costs = [o for o in self.recipe.objectives if o.name != quality]
         if not all(o.name in known for o in costs):
             return None
+        self._refresh()
         best = {quality: self.baselines[config.model].metrics[quality]} | known
         if self._dominates(pareto.normalise([best], self.recipe.objectives)[0]):
             return f"a finished trial dominates it even at the dense model's {quality}"

@@ -7,13 +7,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_study
 import yaml
-from hosts import DASHBOARD_PORT, Hosts, environment
+from hosts import DASHBOARD_PORT, REPOSITORY, Hosts, environment
 from waiting import until
 
 from orchestrator.cli import BAD_INPUT, INTERRUPTED, NO_FRONT, OK
@@ -84,34 +85,65 @@ def test_what_is_wrong_with_a_request_is_told_at_once(tmp_path: Path) -> None:
 
 cluster = pytest.mark.cluster
 slow = pytest.mark.slow
+TOKEN = "0123456789abcdef" * 4
 
 
-@pytest.fixture(scope="module")
-def address(hosts: Hosts) -> Iterator[str]:
-    """Of the dashboard; two nodes are enough."""
+@dataclass(frozen=True)
+class Cluster:
+    """A dashboard, and the settings of those who may talk to it."""
+
+    hosts: Hosts
+    settings: dict[str, str]
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.hosts.address(1)}:{DASHBOARD_PORT}"
+
+    def slimtune(self, *arguments: object, **settings: str) -> subprocess.CompletedProcess[str]:
+        """The command, on this machine, which is no node."""
+        command = [REPOSITORY / "launch.sh", "--no-venv", *arguments, "--address", self.address]
+        env = environment(PYTHON=sys.executable, **(self.settings | settings))
+        return subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=env, timeout=300
+        )
+
+    def state(self, job: str) -> str:
+        return self.slimtune("job", "status", job).stdout.strip()
+
+
+@pytest.fixture(scope="module", params=["open", "asks for a token"])
+def ray_cluster(
+    request: pytest.FixtureRequest, hosts: Hosts, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """Three nodes. Nodes read the token from a file; who submits has it in the environment."""
     pytest.importorskip("aiohttp")
-    hosts.start_ray(1, 2, dashboard=True)
-    yield f"http://{hosts.address(1)}:{DASHBOARD_PORT}"
-
-
-def slimtune(*arguments: object, address: str) -> subprocess.CompletedProcess[str]:
-    """The command, on this machine, which is no node."""
-    command = [sys.executable, "-m", "orchestrator.cli", *map(str, arguments), "--address", address]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    node, user = {}, {}
+    if request.param != "open":
+        file = tmp_path_factory.mktemp("secret") / "token"
+        file.write_text(TOKEN)
+        node = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+        user = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    hosts.start_ray(dashboard=True, **node)
+    yield Cluster(hosts, user)
+    for number in hosts.numbers:
+        hosts.power_off(number)
+        hosts.power_on(number)
 
 
 @cluster
 @slow
-def test_a_job_tells_how_it_goes_and_ends_as_the_study_does(address: str, tmp_path: Path) -> None:
+def test_a_job_tells_how_it_goes_and_ends_as_the_study_does(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
     recipe = tiny_study.write_recipe(tmp_path, references=ALONE)
-    done = slimtune("submit", recipe, "--send-data", address=address)
+    done = ray_cluster.slimtune("submit", recipe, "--send-data")
     assert done.returncode == OK, done.stdout + done.stderr
     assert "completed" in done.stdout and "hypervolume" in done.stdout
     front = json.loads((tmp_path / "study" / "front.json").read_text())
     assert front["points"]
-    told = slimtune("submit", recipe, "search.name=none-such", address=address)
+    told = ray_cluster.slimtune("submit", recipe, "search.name=none-such")
     assert told.returncode == BAD_INPUT and "search.name" in told.stderr  # before it is sent
-    lacking = slimtune("submit", recipe, "--secret", "NO_SUCH_SECRET", address=address)
+    lacking = ray_cluster.slimtune("submit", recipe, "--secret", "NO_SUCH_SECRET")
     assert lacking.returncode not in (OK, NO_FRONT)
     assert "NO_SUCH_SECRET: is not set on the cluster" in lacking.stdout
 
@@ -119,23 +151,47 @@ def test_a_job_tells_how_it_goes_and_ends_as_the_study_does(address: str, tmp_pa
 @cluster
 @slow
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
-    address: str, tmp_path: Path
+    ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     recipe = tiny_study.recipe(tmp_path, references=ALONE)
     recipe["space"]["finetune"] = {"learning_rate": {"choice": [1e-3, 2e-3, 3e-3]}, "max_steps": 60}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    job = slimtune("submit", path, "--detach", address=address).stdout.strip()
-    assert slimtune("job", "status", job, address=address).stdout.strip() in ("pending", "running")
+    job = ray_cluster.slimtune("submit", path, "--detach").stdout.strip()
+    assert ray_cluster.state(job) in ("pending", "running")
     study = tmp_path / "study"
     until(lambda: study.exists() and study_status(study)["trials"]["completed"] >= 1)
-    assert slimtune("job", "stop", job, address=address).stdout == "stopping\n"
-    until(lambda: slimtune("job", "status", job, address=address).stdout.strip() == "stopped")
+    assert ray_cluster.slimtune("job", "stop", job).stdout == "stopping\n"
+    until(lambda: ray_cluster.state(job) == "stopped")
     status = study_status(study)
     assert status["state"] == "interrupted" and status["driver"] is None  # it let go of its ledger
-    assert slimtune("job", "logs", job, address=address).returncode == INTERRUPTED
-    done = slimtune("submit", path, address=address)
+    assert ray_cluster.slimtune("job", "logs", job).returncode == INTERRUPTED
+    done = ray_cluster.slimtune("submit", path)
     assert done.returncode == OK, done.stdout + done.stderr
     assert "by earlier runs" in done.stdout
-    unknown = slimtune("job", "status", "slimtune-none", address=address)
+    unknown = ray_cluster.slimtune("job", "status", "slimtune-none")
     assert unknown.returncode == BAD_INPUT and "knows no job" in unknown.stderr
+
+
+@cluster
+@slow
+def test_ray_s_own_command_runs_a_study_from_the_head(ray_cluster: Cluster, tmp_path: Path) -> None:
+    recipe = tiny_study.write_recipe(tmp_path, references=ALONE)
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    submit += ["--address", ray_cluster.address, "--", "slimtune", "run", str(recipe)]
+    done = ray_cluster.hosts.run(1, submit, limit_s=300, **ray_cluster.settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "study" / "front.json").read_text())["points"]
+
+
+@cluster
+@slow
+def test_who_has_no_token_is_told_what_is_lacking(ray_cluster: Cluster, tmp_path: Path) -> None:
+    if not ray_cluster.settings:
+        pytest.skip("this cluster asks for none")
+    recipe = tiny_study.write_recipe(tmp_path)
+    for settings in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "wrong" * 8}):
+        told = ray_cluster.slimtune("submit", recipe, **settings)
+        assert told.returncode == BAD_INPUT, told.stdout + told.stderr
+        assert "it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH" in told.stderr
+        assert TOKEN not in told.stderr

@@ -63,6 +63,7 @@ POLL_S = 1.0  # between looks at deadlines; news come at once
 PLACING_S = 2.0  # a gang that takes longer to be placed waits for room
 LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
 ON_NOTICE = "its machine was about to be taken away"
+PAUSE_S = 2e-5  # for each answer that gangs owe: what comes meanwhile is heard at one look
 GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
 
 
@@ -387,6 +388,8 @@ class RayGangs:
         self._use_gpus = device != "cpu"
         self._kinds, self._suspects = Kinds(), Suspects()
         self._claims: Claims[Gang] = Claims()
+        self._said: deque[tuple[Gang, ray.ObjectRef]] = deque()  # and not heard yet
+        self._looked_at = -math.inf  # for what is overdue
         self._arguments = {
             "recipe": recipe.resolved(),
             "folder": str(self.folder),
@@ -644,6 +647,10 @@ class RayGangs:
     # -- what they say ---------------------------------------------------------------------------
 
     def _overdue(self) -> list[Event]:
+        """Works that have taken too long, as of the last second."""
+        if time.monotonic() - self._looked_at < POLL_S:
+            return []
+        self._looked_at = time.monotonic()
         limit = self.resources.time_limit_s or math.inf
         message = f"it was ended after {limit:g} s, see resources.time_limit_s"
         lost: list[Event] = []
@@ -665,18 +672,36 @@ class RayGangs:
         return lost
 
     def _hear(self, timeout: float) -> list[Event]:
-        """The next thing that any gang has to say, if there is one in time."""
-        refs: dict[ray.ObjectRef, tuple[Gang, Hear]] = {}
-        for gang in self._working():
-            refs |= {gang.news: (gang, self._hear_news), gang.answer: (gang, self._hear_answer)}
-            if gang.placing:
-                refs[gang.placing] = (gang, self._hear_placed)
-            refs |= dict.fromkeys((*gang.following, *gang.beats), (gang, self._hear_follower))
-        ready, _ = ray.wait(list(refs), timeout=max(0.0, timeout))
-        for ref in ready:
-            gang, hear = refs[ref]
-            return hear(gang, ref)
+        """The next end of a work that any gang has to tell, if there is one in time."""
+        if not self._said:
+            self._listen(timeout)
+        while self._said:
+            gang, ref = self._said.popleft()
+            if gang not in self.gangs:
+                continue
+            hear = self._owed(gang).get(ref)
+            if hear and (events := hear(gang, ref)):
+                return events
         return []
+
+    def _listen(self, timeout: float) -> None:
+        """Wait until any gang has something to say, and take in what all of them have."""
+        owed = {ref: gang for gang in self._working() for ref in self._owed(gang)}
+        time.sleep(min(PAUSE_S * len(owed), max(0.0, timeout)))
+        ready, _ = ray.wait(list(owed), num_returns=len(owed), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(owed), timeout=max(0.0, timeout))
+        self._said.extend((owed[ref], ref) for ref in ready)
+
+    def _owed(self, gang: Gang) -> dict[ray.ObjectRef, Hear]:
+        """What a gang that works has yet to answer, and who hears it."""
+        if gang.answer is None:
+            return {}
+        owed: dict[ray.ObjectRef, Hear] = {}
+        if gang.placing:
+            owed[gang.placing] = self._hear_placed
+        owed |= {gang.news: self._hear_news, gang.answer: self._hear_answer}
+        return owed | dict.fromkeys((*gang.following, *gang.beats), self._hear_follower)
 
     def _hear_follower(self, gang: Gang, ref: ray.ObjectRef) -> list[Event]:
         """A worker behind the first lives, or has failed."""
