@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from host_trials import (
     write_recipe,
 )
 from hosts import OUTSIDE, Hosts, NoHosts
-from servers import s3_environment, s3_server  # noqa: F401
+from servers import postgresql, postgresql_server, s3_environment, s3_server  # noqa: F401
 from waiting import until
 
 from orchestrator.artifact import verify
+from orchestrator.ledger import Event, Ledger
 from orchestrator.storage import open_uri
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -148,6 +150,51 @@ def test_a_gang_goes_on_from_a_checkpoint_that_only_the_storage_has(
     assert result["details"]["training"]["resumed_at"] % SAVE_STEPS == 0
     assert result["details"]["training"]["resumed_at"] > 0
     assert_same(found, expected)
+
+
+def test_a_study_whose_machine_is_gone_goes_on_from_another(
+    hosts: Hosts,
+    settings: dict[str, str],
+    uri: str,
+    apart: Path,
+    tmp_path: Path,
+    postgresql: str,  # noqa: F811
+):
+    rates = [rate * 1e-4 for rate in range(1, 9)]
+    recipe = tiny_study.write_recipe(
+        tmp_path,
+        output_dir=str(apart / "moved"),
+        storage=uri,
+        ledger=postgresql.replace("127.0.0.1", hosts.address(OUTSIDE)),
+        space={"finetune": {"learning_rate": {"choice": rates}, "max_steps": 40}},
+        references={"dense_int8": False, "first_layers": [], "random_twin": False},
+        resources={"address": hosts.ray_address, "cpus_per_trial": 1},
+    )
+    log = tmp_path / "driver.log"
+    driver = hosts.start(2, run_command(recipe), log=log, **settings)
+    manifest = hosts.own(2) / "moved" / "manifest.json"
+    until(lambda: ended(driver, log) or manifest.exists(), what="a manifest")
+    study = json.loads(manifest.read_text())["ledger_key"]
+    until(lambda: ended(driver, log) or len(finished(postgresql, study)) > 3, what="some trials")
+    hosts.power_off(2)
+    before = finished(postgresql, study)
+    done = hosts.run(3, run_command(recipe), limit_s=500, **settings)
+    hosts.power_on(2)
+    hosts.start_ray(2, **settings)
+    assert done.returncode == 0, done.stderr
+    assert "waiting whether" in done.stderr  # it is not seen from there that the driver is gone
+    after = finished(postgresql, study)
+    assert after[: len(before)] == before and len({event.lease for event in after}) == 2
+    assert len(after) == len({event.key for event in after}) == 1 + len(rates)
+    front = json.loads((hosts.own(3) / "moved" / "front.json").read_text())
+    assert front["trials"]["failed"] == 0
+    for point in (*front["points"], *front["references"]):
+        verify(hosts.own(3) / "moved" / point["artifact"])
+
+
+def finished(ledger: str, study: str) -> list[Event]:
+    with closing(Ledger(ledger, study)) as opened:
+        return [event for event in opened.events() if event.kind == "finished"]
 
 
 def results_in(study: Path) -> dict[str, Any]:
