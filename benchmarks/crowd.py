@@ -7,7 +7,8 @@ from typing import Any
 
 import ray
 
-from orchestrator.launch.ray_gangs import Gang, RayWorker
+from orchestrator.launch.ray_gang import Gang
+from orchestrator.launch.ray_worker import RayWorker
 
 
 class Crowd:

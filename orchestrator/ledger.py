@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from orchestrator import lease
+from orchestrator import lease, offers
 from orchestrator.database import VERSION_TABLE, Database, Unreachable, connect
 from orchestrator.lease import Held, Lease, LeaseLost
 from orchestrator.trial import BadInput
@@ -22,7 +22,7 @@ Kind = Literal["asked", "started", "stage", "rung", "finished", "measured", "giv
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 PATIENCE_S, RETRY_S = 120.0, 1.0  # with a server that restarts
 PAGE = 1000  # events read at once
 SCHEMA = (
@@ -31,6 +31,8 @@ SCHEMA = (
         study TEXT NOT NULL, id BIGINT NOT NULL, time DOUBLE PRECISION NOT NULL, key TEXT NOT NULL,
         attempt INTEGER NOT NULL, kind TEXT NOT NULL, lease BIGINT NOT NULL, payload TEXT NOT NULL,
         PRIMARY KEY (study, id))""",
+    offers.GUESTS,
+    offers.OFFERS,
     "CREATE INDEX slimtune_events_by_key ON slimtune_events (study, key, kind, attempt)",
     "CREATE INDEX slimtune_events_by_kind ON slimtune_events (study, kind, id)",
     f"CREATE TABLE {VERSION_TABLE} (version INTEGER NOT NULL)",

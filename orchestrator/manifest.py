@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator import __version__, pareto
 from orchestrator.recipe import Recipe
 from orchestrator.stages import file_sha256, write_atomically
+from orchestrator.storage import Storage
 from orchestrator.trial import BadInput, content_hash
 from orchestrator.widening import contradictions
 
@@ -124,6 +125,20 @@ def check_goes_on(manifest: Json, recipe: Recipe, *, where: str) -> None:
         holds = f"{where} holds a study with"
         way = f"choose another {where.partition(':')[0]} or the recipe of that study."
         raise BadInput([f"{holds} {difference}; {way}" for difference in found])
+
+
+def adopt(storage: Storage, folder: Path, recipe: Recipe) -> None:
+    """Take up in a new folder the study that a storage holds, if it holds one. Raises `BadInput`."""
+    storage.check()
+    path, where = folder / NAME, f"storage: {storage.uri}"
+    if (text := storage.published(path)) is None:
+        return
+    manifest = parse_manifest(text, where=where)
+    check_goes_on(manifest, recipe, where=where)
+    if read_manifest(folder) is None:
+        write_atomically(path, text.decode())
+    elif manifest["ledger_key"] != ledger_key(folder):
+        raise BadInput([f"{where} holds another study than output_dir; give this one its own URI."])
 
 
 def package_files() -> Json:

@@ -20,10 +20,10 @@ from orchestrator.trial import Measurement, Reason, Result, TrialConfig, TrialRe
 Json = dict[str, Any]
 State = Literal["offered", "taken", "ended"]
 
-GUESTS = """CREATE TABLE IF NOT EXISTS slimtune_guests (
+GUESTS = """CREATE TABLE slimtune_guests (
     study TEXT NOT NULL, guest TEXT NOT NULL, free INTEGER NOT NULL,
     renewed DOUBLE PRECISION NOT NULL, PRIMARY KEY (study, guest))"""
-OFFERS = """CREATE TABLE IF NOT EXISTS slimtune_offers (
+OFFERS = """CREATE TABLE slimtune_offers (
     study TEXT NOT NULL, number BIGINT NOT NULL, guest TEXT NOT NULL, work TEXT NOT NULL,
     state TEXT NOT NULL, stage TEXT NOT NULL, answer TEXT, PRIMARY KEY (study, number))"""
 
@@ -49,7 +49,8 @@ class Offer:
 
 
 class Offers:
-    """The offers and guests of one study, in the ledger's database at a `postgresql://` URL.
+    """The offers and guests of one study, in the ledger's database at a `postgresql://` URL, which the
+    ledger has begun.
 
     Each call is a connection of its own, which may be made anew after the server was away. Raises
     `BadInput` where it is.
@@ -57,9 +58,6 @@ class Offers:
 
     def __init__(self, where: str, study: str) -> None:
         self._where, self.study = where, study
-        with self._database() as database:
-            for table in (GUESTS, OFFERS):
-                database.change(table)
 
     def _database(self) -> closing[Database]:
         return closing(connect(self._where, write=True))

@@ -25,12 +25,10 @@ from orchestrator.launch.guests import WithGuests
 from orchestrator.ledger import Event, Ledger
 from orchestrator.manifest import NAME as MANIFEST
 from orchestrator.manifest import (
-    check_goes_on,
+    adopt,
     check_writable,
     ledger_key,
     open_study,
-    parse_manifest,
-    read_manifest,
     write_manifest,
 )
 from orchestrator.offers import Offers
@@ -43,7 +41,6 @@ from orchestrator.signature import Signature
 from orchestrator.stages import clear_unfinished, write_atomically
 from orchestrator.storage import Storage
 from orchestrator.trial import (
-    BadInput,
     Kind,
     Measurement,
     NoBaseline,
@@ -164,7 +161,7 @@ class Study:
         """
         check_writable(self.folder)
         if self.storage:
-            self._bring_study(self.storage)
+            adopt(self.storage, self.folder, self.recipe)
         try:
             self.facts: Json = open_study(self.folder, self.recipe) or self._learn_facts()
             self.recipe.check_facts(self.facts)
@@ -184,22 +181,6 @@ class Study:
             sealed=self._sealed,
         )
         self.dispatch.on_lost = lambda work, lost: self.watch.trial_lost(work.key, lost.message)
-
-    def _bring_study(self, storage: Storage) -> None:
-        """Know of the study that the storage holds, if nothing of it is here. Raises `BadInput`."""
-        storage.check()
-        path = self.folder / MANIFEST
-        text = storage.published(path)
-        if text is None:
-            return
-        where = f"storage: {storage.uri}"
-        manifest = parse_manifest(text, where=where)
-        check_goes_on(manifest, self.recipe, where=where)
-        if read_manifest(self.folder) is None:
-            write_atomically(path, text.decode())
-        elif manifest["ledger_key"] != ledger_key(self.folder):
-            other = f"{where} holds another study than output_dir; give this one a URI of its own."
-            raise BadInput([other])
 
     def _take_ledger(self) -> Ledger:
         """The ledger, held by this driver, and the manifest beside it."""

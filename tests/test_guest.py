@@ -66,6 +66,8 @@ class Own:
 
 @pytest.fixture
 def offers(postgresql: str) -> Offers:  # noqa: F811
+    with closing(Ledger(postgresql, "study")) as ledger:
+        ledger.take()
     return Offers(postgresql, "study")
 
 

@@ -7,18 +7,12 @@ the next, and replaced when it fails, grows or has done its share.
 from __future__ import annotations
 
 import atexit
-import errno
 import math
-import os
 import secrets
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,22 +32,19 @@ from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray r
 )
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
-from ray.util import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from orchestrator.alone import this_host
-from orchestrator.artifact import DamagedArtifact
 from orchestrator.doctor import marks_in, raise_if_hopeless
 from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.claims import Claims
-from orchestrator.launch.ray_kinds import Kinds, environment
+from orchestrator.launch.ray_gang import Gang, never_started, reason_of, why_lost
+from orchestrator.launch.ray_kinds import Kinds
 from orchestrator.launch.ray_nodes import remove_scratch, survey
-from orchestrator.launch.ray_places import Place, end_process, here, rank_environment
 from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
+from orchestrator.launch.ray_worker import Answer, News
 from orchestrator.measure.fingerprint import fingerprint
 from orchestrator.scratch import scratch_name
-from orchestrator.trial import BadInput, Preempted, Reason, Work, model_of
+from orchestrator.trial import BadInput, Reason, Work, model_of
 
 if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
@@ -61,301 +52,8 @@ if TYPE_CHECKING:
 TIMED = ("speed", "timings")  # works that run on machines of the target's kind
 POLL_S = 1.0  # between looks at deadlines; news come at once
 PLACING_S = 2.0  # a gang that takes longer to be placed waits for room
-LOOK_S = 5.0  # a worker is asked for news again when it had none for so long
 ON_NOTICE = "its machine was about to be taken away"
 PAUSE_S = 2e-5  # for each answer that gangs owe: what comes meanwhile is heard at one look
-GROWTH, GROWTH_MB = 1.5, 512.0  # a worker that has grown beyond both since it settled is replaced
-
-
-# -- in the worker's process ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a worker hands back: a value, or the problems in its way; its size afterwards.
-
-    A gang that `is_broken` has ranks which wait for something that will not come. One that `leaves`
-    has ended its work, `value` says where, since a machine of it is about to be taken away. What
-    `has_no_disk` may be done where there is more.
-    """
-
-    value: Any = None
-    problems: tuple[str, ...] = ()
-    rss_mb: float = 0.0
-    is_broken: bool = False
-    has_no_disk: bool = False
-    leaves: bool = False
-
-
-@dataclass(frozen=True)
-class News:
-    """The `number`-th thing a worker has to say: the stage that a work has come to, or the name of a
-    result that it `wants` to make, or `lets_go` of."""
-
-    number: int
-    work: Work | None = None
-    stage: str = ""
-    wants: str = ""
-    lets_go: str = ""
-
-
-class RayWorker:
-    """One process of a gang, as Ray's actor. What it is asked to do is in orchestrator/gang.py.
-
-    It works in one thread, answers questions about that in another, and is granted claims in a third.
-    """
-
-    def __init__(self, worker: str, arguments: dict[str, Any]) -> None:
-        self._worker, self._arguments = worker, arguments
-        self._work: Work | None = None
-        self._news, self._changed = deque[News](), threading.Condition()
-        self._numbers = count(1)
-        self._granted: set[str] = set()
-        self._leaves = False
-
-    @cached_property
-    def worker(self) -> Any:
-        module, _, name = self._worker.partition(":")
-        worker = getattr(import_module(module), name)(**self._arguments)
-        worker.claim = self.claim
-        return worker
-
-    def place(self) -> Place:
-        return here()
-
-    def join(self, rank: int, *places: Place) -> None:
-        """Become that rank of the gang whose workers are at `places`; nothing is imported yet."""
-        os.environ.update(rank_environment(rank, places))
-
-    def follow(self) -> None:
-        """Train what rank 0 leads, until it lets go."""
-        self.worker.follow()
-
-    def facts(self) -> Answer:
-        try:
-            return Answer(self.worker.facts())
-        except BadInput as error:
-            return Answer(problems=tuple(error.problems))
-
-    def do(self, work: Work) -> Answer:
-        self._work = work
-        self._say()
-        value: Any = None
-        problems: tuple[str, ...] = ()
-        has_no_disk = False
-        try:
-            value = self.worker.do(work, self._begin)
-        except Preempted as error:
-            return Answer(str(error), leaves=True)
-        except Exception as error:
-            problems = (_explained(error),)
-            has_no_disk = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        self._work = None
-        if self.worker.is_broken:
-            return Answer(value, problems, is_broken=True)
-        self.worker.reset()
-        return Answer(value, problems, self.worker.rss_mb(), has_no_disk=has_no_disk)
-
-    def leave(self) -> None:
-        """What it does is to end at its next stage, a training at its next step."""
-        self._leaves = True
-        if "worker" in self.__dict__:
-            self.worker.leave()
-
-    def _begin(self, stage: str) -> None:
-        if self._leaves:
-            raise Preempted(f"it was about to begin: {stage}")
-        self._say(stage=stage)
-
-    @contextmanager
-    def claim(self, name: str) -> Iterator[None]:
-        """Wait until it is this worker's to make the result of that name, and let go of it then."""
-        if self._work is None:  # the driver does not listen
-            yield
-            return
-        self._say(wants=name)
-        while not self._is_granted(name):
-            this_host().give_way()
-            if self._leaves:
-                raise Preempted(f"it waited for {name}")
-        try:
-            yield
-        finally:
-            self._granted.discard(name)
-            self._say(lets_go=name)
-
-    def _is_granted(self, name: str) -> bool:
-        """Waits a while for it."""
-        with self._changed:
-            return self._changed.wait_for(lambda: name in self._granted, timeout=POLL_S)
-
-    def grant(self, name: str) -> None:
-        with self._changed:
-            self._granted.add(name)
-            self._changed.notify_all()
-
-    def _say(self, **what: str) -> None:
-        with self._changed:
-            self._news.append(News(next(self._numbers), self._work, **what))
-            self._changed.notify_all()
-
-    def news(self, after: int) -> list[News]:
-        """What is new since number `after`; waits a while for it."""
-        with self._changed:
-            while self._news and self._news[0].number <= after:
-                self._news.popleft()
-            self._changed.wait_for(lambda: bool(self._news), timeout=LOOK_S)
-            return list(self._news)
-
-
-def _explained(error: Exception) -> str:
-    return str(error) if isinstance(error, DamagedArtifact) else f"{type(error).__name__}: {error}"
-
-
-REMOTE_WORKER = ray.remote(
-    max_restarts=0,
-    max_task_retries=0,
-    concurrency_groups={"work": 1, "news": 1, "orders": 1},
-)(RayWorker)
-
-
-# -- in the driver's process ---------------------------------------------------------------------
-
-
-class Gang:
-    """Workers on a placement group of their own, kept from one work to the next.
-
-    `work` is what it does now, `begun` whether a worker has said so, `memory_mb` the size of its
-    first worker after each work; it `lacks_room` if there was none when it came. Workers behind
-    the first follow it: `following` ends only where one fails. `beats` are their signs of life, and
-    `alive_at` says when each rank gave the last. One that `leaves` was asked to end its work.
-    """
-
-    def __init__(
-        self,
-        shape: Shape,
-        *,
-        name: str,
-        worker: str,
-        arguments: dict[str, Any],
-        avoids: Mapping[str, str],
-    ) -> None:
-        self.shape = shape
-        labels = {**avoids, **shape.labels}
-        self.work: Work | None = None
-        self.answer: ray.ObjectRef | None = None
-        self.begun = self.lacks_room = self.leaves = False
-        self.since = time.monotonic()  # of the work, else of idleness
-        self.memory_mb: list[float] = []
-        self.heard = 0
-        self.place = placement_group(
-            [dict(shape.amounts)] * shape.num_workers,
-            name=name,
-            bundle_label_selector=[labels] * shape.num_workers if labels else None,
-        )
-        self.placing: ray.ObjectRef | None = self.place.ready()
-        self.actors = [self._actor(rank, worker, arguments) for rank in range(shape.num_workers)]
-        self.places = [actor.place.remote() for actor in self.actors]
-        self.following: list[ray.ObjectRef] = []
-        if shape.num_workers > 1:
-            for rank, actor in enumerate(self.actors):
-                actor.join.remote(rank, *self.places)
-            self.following = [actor.follow.remote() for actor in self.actors[1:]]
-        self.news = self.ask("news", 0)
-        self.beats = {self._beat(rank): rank for rank in range(1, shape.num_workers)}
-        self.alive_at = [math.inf] * shape.num_workers  # until first heard of
-
-    def _actor(self, rank: int, worker: str, arguments: dict[str, Any]) -> Any:
-        shape = self.shape
-        custom = {n: much for n, much in shape.amounts.items() if n not in ("CPU", "GPU")}
-        options = REMOTE_WORKER.options(
-            num_cpus=shape.num_cpus,
-            num_gpus=shape.num_gpus,
-            resources=custom,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, rank),
-            runtime_env={"env_vars": environment(shape.num_cpus)},
-        )
-        return options.remote(worker, arguments)
-
-    def _beat(self, rank: int) -> ray.ObjectRef:
-        return self.actors[rank].news.options(concurrency_group="news").remote(0)
-
-    def hear_beat(self, beat: ray.ObjectRef) -> None:
-        """Raises `RayError` where the worker is gone."""
-        rank = self.beats.pop(beat)
-        ray.get(beat)
-        self.alive_at[rank] = time.monotonic()
-        self.beats[self._beat(rank)] = rank
-
-    def silent(self, limit_s: float) -> list[int]:
-        """Ranks that have been heard of, but owe an answer for so long.
-
-        One that lies ready was given in time: nobody listens to an idle gang.
-        """
-        now = time.monotonic()
-        owed = {0: self.news} | {rank: beat for beat, rank in self.beats.items()}
-        late = [rank for rank, at in enumerate(self.alive_at) if now - at > limit_s]
-        return [rank for rank in late if not ray.wait([owed[rank]], timeout=0)[0]]
-
-    def ask(self, method: str, *arguments: Any) -> ray.ObjectRef:
-        """Call a method of the first worker; it tells its news while it works."""
-        group = {"news": "news", "grant": "orders"}.get(method, "work")
-        call = getattr(self.actors[0], method).options(concurrency_group=group)
-        return call.remote(*arguments)
-
-    def start(self, work: Work) -> None:
-        self.work, self.begun = work, False
-        self.since = time.monotonic()
-        self.answer = self.ask("do", work)
-
-    def leave(self) -> None:
-        """Ask for a checkpoint, and for the end of its work. Its first worker tells the others."""
-        self.leaves = True
-        self.actors[0].leave.options(concurrency_group="orders").remote()
-
-    def finish(self) -> None:
-        self.work = self.answer = None
-        self.since = time.monotonic()
-
-    @cached_property
-    def nodes(self) -> list[str]:
-        """The id of the node that each worker was placed on; asked once they are."""
-        placed = placement_group_table(self.place)["bundles_to_node_id"]
-        return [str(placed[rank]) for rank in range(self.shape.num_workers)]
-
-    @property
-    def known_nodes(self) -> Sequence[str]:
-        """The same, as far as they were asked for."""
-        return tuple(self.__dict__.get("nodes", ()))
-
-    @property
-    def only_node(self) -> str | None:
-        """The node that it was placed on, None where that is not known, or there are several."""
-        found = set(self.known_nodes)
-        return found.pop() if len(found) == 1 else None
-
-    @property
-    def seconds(self) -> float:
-        """Since its work was handed over; placing does not count."""
-        return 0.0 if self.placing else time.monotonic() - self.since
-
-    @property
-    def has_grown(self) -> bool:
-        settled = max(self.memory_mb[:2])
-        return self.memory_mb[-1] > GROWTH * settled + GROWTH_MB
-
-    def end(self) -> None:
-        """Free all that it holds, whatever it does; its processes are killed."""
-        with suppress(RayError, ValueError):
-            for actor in self.actors:
-                ray.kill(actor)
-            remove_placement_group(self.place)
-
-    def end_silent(self, ranks: Sequence[int]) -> None:
-        """End processes that do not listen, such as stopped ones."""
-        with suppress(RayError):
-            placed: list[Place] = ray.get([self.places[rank] for rank in ranks], timeout=POLL_S)
-            ray.wait([end_process(place) for place in placed], timeout=LOOK_S)
 
 
 Hear = Callable[[Gang, "ray.ObjectRef"], list[Event]]
@@ -450,7 +148,7 @@ class RayGangs:
                 answer: Answer = ray.get(gang.ask("facts"))
             except RayActorError as error:
                 self._end(gang)
-                if _never_started(error) or attempt == self.resources.max_attempts:
+                if never_started(error) or attempt == self.resources.max_attempts:
                     why = f"data and models could not be read: {why_lost(error)}."
                     raise BadInput([why]) from error
             else:
@@ -780,7 +478,7 @@ class RayGangs:
         assert gang.work
         self._end(gang)
         reason = reason_of(error)
-        again |= not isinstance(error, RayTaskError) and not _never_started(error)
+        again |= not isinstance(error, RayTaskError) and not never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
         if gang.leaves and again:
             return [Lost(gang.work, reason, f"{ON_NOTICE}: {why_lost(error)}", counts=False)]
@@ -798,24 +496,3 @@ class RayGangs:
             self._end(idle)
         what = f"{IN_A_ROW} works in a row were lost there, and none elsewhere"
         return f"; {names.get(node, node)} is set aside: {what}"
-
-
-def reason_of(error: RayError) -> Reason:
-    """Whether a process is gone for want of memory, the host's or a device's."""
-    is_full = isinstance(error, OutOfMemoryError) or "out of memory" in str(error)
-    return Reason.OOM if is_full else Reason.ERROR
-
-
-def _never_started(error: RayError) -> bool:
-    return isinstance(error, RayActorError) and error.actor_init_failed
-
-
-def why_lost(error: RayError) -> str:
-    """The sentence of Ray's message that says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, RayTaskError) or _never_started(error):
-        return f"its worker cannot work: {lines[-1]}"
-    if isinstance(error, OutOfMemoryError):
-        return f"its worker was ended: {lines[0]}"
-    _, _, why = " ".join(lines).partition("Worker exit detail: ")
-    return f"its worker died: {(why or lines[-1]).split('. ')[0]}"

@@ -25,7 +25,7 @@ from ray.tune.search import Searcher as TuneSearcher
 from orchestrator.artifact import DamagedArtifact, verify
 from orchestrator.facts import facts_of
 from orchestrator.launch.ray_cluster import check_room, gang_shape
-from orchestrator.launch.ray_gangs import reason_of, why_lost
+from orchestrator.launch.ray_gang import reason_of, why_lost
 from orchestrator.launch.ray_tune_workers import Workers
 from orchestrator.manifest import check_writable, open_study
 from orchestrator.param_space import configure, in_short

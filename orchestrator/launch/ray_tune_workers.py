@@ -11,8 +11,8 @@ from ray.exceptions import RayError
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from orchestrator.launch.ray_gangs import LOOK_S, RayWorker
 from orchestrator.launch.ray_kinds import environment
+from orchestrator.launch.ray_worker import LOOK_S, RayWorker
 from orchestrator.quiet import quiet
 from orchestrator.rungs import Rungs, Standing
 from orchestrator.trial import Stopped, TrialConfig, TrialResult
