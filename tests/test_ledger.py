@@ -73,7 +73,9 @@ class Driver:
     def killed(self) -> list[str]:
         """End it with SIGKILL; what it had said and nobody had read."""
         self.process.kill()
-        return self.process.communicate(timeout=WAITS_S)[0].splitlines()
+        said = self.process.stdout.read()  # what `said` has read ahead, too
+        self.process.wait(timeout=WAITS_S)
+        return said.splitlines()
 
 
 @pytest.fixture
