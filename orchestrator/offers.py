@@ -197,8 +197,7 @@ def _result_to_json(result: Result) -> Iterator[tuple[str, Any]]:
 
 def _event_from_json(found: Json, work: Work) -> Event:
     if "lost" in found:
-        lost = found["lost"]
-        return Lost(work, Reason(lost["reason"]), lost["message"], again=lost["again"])
+        return Lost(work, **{**found["lost"], "reason": Reason(found["lost"]["reason"])})
     [(kind, value)] = found["done"].items()
     if kind == "trial":
         return Done(work, TrialResult.model_validate(value))

@@ -38,7 +38,7 @@ RESULTS: dict[str, Event] = {
     ),
     "test": Done(TRIAL, (MEASURED, "abc")),
     "timings": Done(TRIAL, {"a": MEASURED}),
-    "lost": Lost(TRIAL, Reason.TIMEOUT, "it took too long", again=False),
+    "lost": Lost(TRIAL, Reason.TIMEOUT, "it took too long", again=False, counts=False),
 }
 
 

@@ -119,7 +119,7 @@ def test_trials_on_hosts_that_share_no_folder_make_each_result_once(
         assert not (hosts.own(number) / "study").exists()
     for number in hosts.numbers:
         left = (hosts.own(number) / "tmp").glob("slimtune-*.scratch/*")
-        assert list(left) == []
+        assert list(left) == [], f"host{number}"
 
 
 @pytest.mark.distributed

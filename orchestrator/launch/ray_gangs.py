@@ -34,12 +34,13 @@ from orchestrator.launch.ray_cluster import (  # isort: skip (it sets what ray r
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from orchestrator import scratch
 from orchestrator.doctor import marks_in, raise_if_hopeless
 from orchestrator.launch import Done, Event, Lost, Told
 from orchestrator.launch.claims import Claims
 from orchestrator.launch.ray_gang import Gang, never_started, reason_of, why_lost
 from orchestrator.launch.ray_kinds import Kinds
-from orchestrator.launch.ray_nodes import remove_scratch, survey
+from orchestrator.launch.ray_nodes import LEAVES_S, remove_scratch, survey
 from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
 from orchestrator.launch.ray_worker import Answer, News
 from orchestrator.measure.fingerprint import fingerprint
@@ -203,7 +204,11 @@ class RayGangs:
         for gang in list(self.gangs):
             self._end(gang)
         if self.storage and "cluster" in self.__dict__:
-            remove_scratch(self.cluster.nodes(), scratch_name(self.storage, str(self.folder)))
+            name = scratch_name(self.storage, str(self.folder))
+            if self.cluster.is_own:
+                scratch.remove(name, patience_s=LEAVES_S)
+            else:
+                remove_scratch(self.cluster.nodes(), name)
         if cluster := self.__dict__.pop("cluster", None):
             cluster.leave()
 

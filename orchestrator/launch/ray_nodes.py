@@ -81,4 +81,4 @@ def remove_scratch(nodes: Sequence[Node], name: str) -> None:
         .remote(name, patience_s=LEAVES_S)
         for node in nodes
     ]
-    ray.wait(asked, num_returns=len(asked), timeout=2 * LEAVES_S)
+    ray.wait(asked, num_returns=len(asked), timeout=ANSWER_S + LEAVES_S)
