@@ -114,12 +114,12 @@ wait_for_head() { until is_open "$head" "$port"; do sleep 0.5; done; }
 
 wait_for_nodes() {
     wait_for_head
-    in_environment "$python" -c '
+    until in_environment "$python" -c '
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(0.5)
-' "$head:$port" "$SLURM_JOB_NUM_NODES"
+' "$head:$port" "$SLURM_JOB_NUM_NODES"; do sleep 1; done # a head that has just begun may refuse
 }
 
 # The study's own command, and its exit status. In a group of its own it hears INT like a terminal's.
