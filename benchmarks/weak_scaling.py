@@ -47,7 +47,12 @@ QUICK = ("1x2", "2x1")
 TOGETHER_S = 2.0  # between the moment when the last gang is there and the one when all begin
 LOOK_S = 0.2
 PYTHON_PATH = f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"
-SETTINGS = {"PYTHONPATH": PYTHON_PATH, "RAY_prestart_worker_first_driver": "0", **RAY_IS_PATIENT}
+SETTINGS = {
+    "PYTHONPATH": PYTHON_PATH,
+    "RAY_prestart_worker_first_driver": "0",  # none that no gang uses
+    "RAY_worker_niceness": "0",
+    **RAY_IS_PATIENT,
+}
 STAGES = (
     "load",
     "prune",

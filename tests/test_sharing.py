@@ -70,7 +70,8 @@ def running(cluster: Hosts, folder: Path, *overrides: str, trials: int) -> Itera
 
 def num_running(study: Path, *, trains: bool = False) -> int:
     """Trials under way; those that train do not wait for a worker any more."""
-    now = study_status(study)["running"] if study.exists() else []
+    began = (study / "manifest.json").exists()
+    now = study_status(study)["running"] if began else []
     return sum(not trains or "waits" not in (each["stage"] or "waits") for each in now)
 
 
