@@ -49,7 +49,7 @@ class Method:
 def share_processes(size: int) -> None:
     """From now on that many gangs share a process."""
     numbers, crowds = count(), []
-    groups = {"work": size, "news": size}
+    groups = {"work": size, "news": size, "grants": size}
     remote = ray.remote(num_cpus=0, max_restarts=0, concurrency_groups=groups)(Crowd)
 
     def member(gang: Gang, rank: int, worker: str, arguments: dict[str, Any]) -> Any:

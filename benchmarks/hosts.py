@@ -62,6 +62,8 @@ RAY_NOTICES_LOSS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+# For who takes no host away: on a busy machine one may be silent for a while.
+RAY_IS_PATIENT = {"RAY_health_check_failure_threshold": "60"}
 
 
 class NoHosts(Exception):

@@ -30,8 +30,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from control_plane import recipe_for, surrogate
-from hosts import REPOSITORY, Hosts
+from hosts import RAY_IS_PATIENT, REPOSITORY, Hosts
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +47,21 @@ QUICK = ("1x2", "2x1")
 TOGETHER_S = 2.0  # between the moment when the last gang is there and the one when all begin
 LOOK_S = 0.2
 PYTHON_PATH = f"{REPOSITORY}:{REPOSITORY / 'benchmarks'}"
-NO_SPARE_WORKERS = {"RAY_prestart_worker_first_driver": "0"}
+SETTINGS = {
+    "PYTHONPATH": PYTHON_PATH,
+    "RAY_prestart_worker_first_driver": "0",  # none that no gang uses
+    "RAY_worker_niceness": "0",
+    **RAY_IS_PATIENT,
+}
+STAGES = (
+    "load",
+    "prune",
+    "finetune",
+    "convert",
+    "export",
+    "check",
+    "quality",
+)  # as trials tell them
 
 
 # -- a gang's side -------------------------------------------------------------------------------
@@ -68,15 +83,16 @@ class Holding:
         if work.kind != "trial":
             return result
         assert isinstance(result, TrialResult)
-        if not self.has_met:
-            begun = time.time()
-            self.meet()
-        else:
-            begun = time.time()
-            time.sleep(self.plan["trial_s"])
-        details = {"is_first": not self.has_met, "begun": begun, "ended": time.time()}
-        self.has_met = True
+        is_first, begun = not self.has_met, time.time()
+        self.meet() if is_first else self.hold(begun, note)
+        details = {"is_first": is_first, "ended": time.time()}
         return result.model_copy(update={"details": details})
+
+    def hold(self, begun: float, note: Callable[[str], None]) -> None:
+        for number, stage in enumerate(STAGES, 1):
+            note(stage)
+            until = begun + self.plan["trial_s"] * number / len(STAGES)
+            time.sleep(max(0.0, until - time.time()))
 
     def meet(self) -> None:
         """Until all gangs are there, and then to the same moment in all of them."""
@@ -87,6 +103,7 @@ class Holding:
         while not begin.exists():
             time.sleep(LOOK_S)
         time.sleep(max(0.0, begin.stat().st_mtime + TOGETHER_S - time.time()))
+        self.has_met = True
 
     def reset(self) -> None: ...
 
@@ -102,10 +119,12 @@ class Clock(Silent):
 
     def __init__(self) -> None:
         self.heard: list[tuple[Json, float, float]] = []
+        self.num_files = 0  # open ones, connections among them
 
     def trial_finished(self, key: str, result: TrialResult) -> None:
         if "is_first" in result.details:
             self.heard.append((result.details, time.time(), time.process_time()))
+            self.num_files = max(self.num_files, psutil.Process().num_fds())
 
 
 def drive(resolved: Json, gangs_a_process: int) -> Json:
@@ -139,6 +158,7 @@ def figures(clock: Clock, began: float) -> Json:
         "driver_cpu_share": (cpu_now - cpu_then) / (until - since),
         "driver_cpu_share_waiting": (quiet[1][2] - quiet[0][2]) / (quiet[1][1] - quiet[0][1]),
         "driver_ms_a_trial": 1e3 * (cpu_now - cpu_then) / len(counted),
+        "driver_open_files": clock.num_files,
         "driver_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 
@@ -150,7 +170,7 @@ def measure(folder: Path, num_hosts: int, gangs_a_host: int, asked: argparse.Nam
     """One study on a cluster of its own."""
     num_gangs = num_hosts * gangs_a_host
     with Hosts(num_hosts) as hosts:
-        hosts.start_ray(num_cpus=gangs_a_host, PYTHONPATH=PYTHON_PATH, **NO_SPARE_WORKERS)
+        hosts.start_ray(num_cpus=gangs_a_host, **SETTINGS)
         recipe = recipe_for(
             folder,
             "random",

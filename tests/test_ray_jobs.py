@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny_study
 import yaml
-from hosts import DASHBOARD_PORT, REPOSITORY, Hosts, environment
+from hosts import DASHBOARD_PORT, RAY_IS_PATIENT, REPOSITORY, Hosts, environment
 from waiting import until
 
 from orchestrator.cli import BAD_INPUT, INTERRUPTED, NO_FRONT, OK
@@ -123,7 +123,7 @@ def ray_cluster(
         file.write_text(TOKEN)
         node = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
         user = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
-    hosts.start_ray(dashboard=True, **node)
+    hosts.start_ray(dashboard=True, **RAY_IS_PATIENT, **node)
     yield Cluster(hosts, user)
     for number in hosts.numbers:
         hosts.power_off(number)
