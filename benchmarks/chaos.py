@@ -59,7 +59,6 @@ SETTINGS = {  # of workers, as of Ray
     "PYTHONPATH": PYTHON_PATH,
     "CHAOS_HOLD_S": str(HOLD_S),
     "RAY_worker_niceness": "0",  # else all else on the machine goes before them
-    "RAY_raylet_start_wait_time_s": "90",
     "RAY_health_check_period_ms": "1000",  # what is only slow, as on a busy machine, is not lost
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",

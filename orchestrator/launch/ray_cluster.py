@@ -218,6 +218,10 @@ class Cluster:
             self._leaving = (time.monotonic(), nodes)
         return nodes
 
+    def look_again(self) -> None:
+        """What was seen of nodes a few seconds ago is out of date."""
+        self._nodes, self._leaving = (-LOOK_S, []), (-LOOK_S, set())
+
     def available(self) -> dict[str, float]:
         """What is free now on all nodes together."""
         return dict(ray.available_resources())
