@@ -59,6 +59,9 @@ SETTINGS = {  # of workers, as of Ray
     "PYTHONPATH": PYTHON_PATH,
     "CHAOS_HOLD_S": str(HOLD_S),
     "RAY_worker_niceness": "0",  # else all else on the machine goes before them
+    "RAY_health_check_period_ms": "1000",  # what is only slow, as on a busy machine, is not lost
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
 }
 GROUPS = """
 import json, ray
@@ -196,7 +199,7 @@ class Chaos:
             try:
                 self.hosts.start_ray(*numbers, **SETTINGS, **settings)
                 return
-            except RuntimeError:
+            except (RuntimeError, subprocess.TimeoutExpired):
                 if attempt == STARTS - 1:
                     raise
             for number in numbers:

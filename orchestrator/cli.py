@@ -184,6 +184,7 @@ def run(
         raise typer.Exit(OK if tried["works"] else NO_FRONT)
 
     from orchestrator.guest import help_out
+    from orchestrator.launch import CutOff
     from orchestrator.ledger import Held, LeaseLost
     from orchestrator.report.terminal import Progress, front_table
     from orchestrator.study import Study
@@ -195,7 +196,7 @@ def run(
             if join:
                 help_out(loaded, device=device, tell=progress.note)
             front = Study(loaded, watch=progress, device=device).run()
-    except (NoBaseline, Held, LeaseLost) as error:
+    except (NoBaseline, Held, LeaseLost, CutOff) as error:
         _say_failure(str(error))
         raise typer.Exit(NO_FRONT) from error
     if as_json:

@@ -199,6 +199,34 @@ def test_on_notice_a_trial_writes_a_checkpoint_and_goes_on_elsewhere(
     np.testing.assert_allclose(losses(result), losses(alone), rtol=1e-5)
 
 
+def test_a_driver_whose_host_was_given_up_ends_and_the_next_one_goes_on(
+    hosts: Hosts, address: str, data: Path, tmp_path: Path
+):
+    recipe = write_recipe(tmp_path, data, steps=STEPS, qat=False, address=address, save_steps=50)
+    log, study = tmp_path / "driver.log", tmp_path / "study"
+    driver = hosts.start(3, run_command(recipe), log=log)
+    until(lambda: ended(driver, log) or list(study.glob("stages/.going-trained-*/step-*")))
+    hosts.cut(3)
+    until(lambda: "host3" not in living(hosts))
+    hosts.mend(3)
+    until(lambda: hosts.run(3, ["pgrep", "-f", "[r]aylet/raylet"]).returncode)
+    hosts.start_ray(3)
+    assert driver.wait(timeout=120) == 1
+    assert "The cluster has given up this machine" in " ".join(log.read_text().split())
+    done = hosts.run(3, run_command(recipe), limit_s=400)
+    assert done.returncode == 0, done.stderr
+    [result] = results(tmp_path).values()
+    assert result["details"]["training"]["resumed_at"] > 0
+
+
+def living(hosts: Hosts) -> str:
+    """The names of the nodes that Ray takes to be alive."""
+    ask = "import ray; ray.init(); print([n['NodeManagerHostname'] for n in ray.nodes() if n['Alive']])"
+    asked = hosts.run(1, [sys.executable, "-c", ask], RAY_ADDRESS=hosts.ray_address)
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout
+
+
 def begun(study: Path, stage: str) -> bool:
     """Whether a trial has come to that stage."""
     return any(

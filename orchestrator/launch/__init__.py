@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
 
 
+class CutOff(Exception):
+    """The driver has no part any more in the cluster that it drives."""
+
+
 @dataclass(frozen=True)
 class Told:
     """The stage that a work has come to."""

@@ -22,6 +22,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
 import ray
 
+from orchestrator.launch import CutOff
 from orchestrator.resources import GangOptions, Resources, num_cores
 from orchestrator.trial import BadInput
 
@@ -30,6 +31,10 @@ Node = Mapping[str, Any]  # an entry of `ray.nodes()`
 LOCAL = "local"  # an address: none that the environment names
 LOOK_S = 5.0  # a cluster may grow and shrink
 JOIN_S = 10.0
+CUT_OFF = (
+    "The cluster has given up this machine, from which the study is driven. Once Ray runs here again,"
+    " or from another machine of the cluster, the same command goes on."
+)
 NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 OBJECT_STORE_BYTES = 100 * 2**20  # through which nothing but reports and measurements go
@@ -182,14 +187,14 @@ class Cluster:
         self._nodes: tuple[float, list[Node]] = (-LOOK_S, [])
         self._leaving: tuple[float, set[str]] = (-LOOK_S, set())
         self._connected_here = not ray.is_initialized()
-        if not self._connected_here:
-            return
-        address = address or os.environ.get("RAY_ADDRESS")
-        with _process_as_it_is():
-            if address and address != LOCAL:
-                join(address)
-            else:
-                self._start()
+        if self._connected_here:
+            address = address or os.environ.get("RAY_ADDRESS")
+            with _process_as_it_is():
+                if address and address != LOCAL:
+                    join(address)
+                else:
+                    self._start()
+        self._own_node = ray.get_runtime_context().get_node_id()
 
     def nodes(self) -> list[Node]:
         """The nodes that live, as of a few seconds ago."""
@@ -202,13 +207,20 @@ class Cluster:
     def leaving(self) -> set[str]:
         """The nodes that are about to be taken away, as of a few seconds ago.
 
-        An operator, an autoscaler or a cloud gives such notice, as by `ray drain-node`.
+        An operator, an autoscaler or a cloud gives such notice, as by `ray drain-node`. Raises
+        `CutOff` where the driver's own is gone: whatever it starts then is never heard of.
         """
         at, nodes = self._leaving
         if time.monotonic() - at > LOOK_S:
+            if all(node["NodeID"] != self._own_node for node in self.nodes()):
+                raise CutOff(CUT_OFF)
             nodes = set(ray._private.state.state.get_draining_nodes())  # Ray Serve and Train ask so
             self._leaving = (time.monotonic(), nodes)
         return nodes
+
+    def look_again(self) -> None:
+        """What was seen of nodes a few seconds ago is out of date."""
+        self._nodes, self._leaving = (-LOOK_S, []), (-LOOK_S, set())
 
     def available(self) -> dict[str, float]:
         """What is free now on all nodes together."""

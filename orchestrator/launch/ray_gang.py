@@ -149,9 +149,10 @@ class Gang:
 
     def end(self) -> None:
         """Free all that it holds, whatever it does; its processes are killed."""
-        with suppress(RayError, ValueError):
-            for actor in self.actors:
+        for actor in self.actors:
+            with suppress(RayError, ValueError):
                 ray.kill(actor)
+        with suppress(RayError, ValueError):
             remove_placement_group(self.place)
 
     def end_silent(self, ranks: Sequence[int]) -> None:

@@ -369,6 +369,7 @@ class RayGangs:
                 why = f"{who} of {gang.shape.num_workers} gave no sign of life for "
                 self._end(gang)
                 gang.end_silent(ranks)
+                self.cluster.look_again()
                 message = f"{why}{self.resources.silence_s:g} s, see resources.silence_s"
                 message += self._blame(gang)
                 lost.append(Lost(gang.work, Reason.ERROR, message))
@@ -479,9 +480,14 @@ class RayGangs:
         return [Done(work, answer.value)]
 
     def _lose(self, gang: Gang, error: RayError, *, again: bool = False) -> list[Event]:
-        """What became of a gang whose process is gone."""
+        """What became of a gang whose process is gone.
+
+        Where that is because the driver's own node was given up, the next look at nodes says so:
+        Ray would keep for ever what was placed for such a driver.
+        """
         assert gang.work
         self._end(gang)
+        self.cluster.look_again()
         reason = reason_of(error)
         again |= not isinstance(error, RayTaskError) and not never_started(error)
         again |= reason is Reason.OOM and gang.work.pieces == 1
