@@ -1,4 +1,4 @@
-"""Gangs that share processes, so that a small machine holds a thousand; to the driver each is its own."""
+"""Gangs that share processes, so that a small machine holds hundreds; to the driver each is its own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Weak scaling: as many trials a gang on more and more gangs and hosts, beside the ideal.
 
-    python benchmarks/weak_scaling.py [--quick] [--json FILE] [--trial-s 30] [--trials-a-gang 5]
-                                      [--layouts 1x1 1x4 1x16 1x64 2x16 3x16] [--gangs-a-process 1]
+    python benchmarks/weak_scaling.py [--quick] [--json FILE] [--trial-s 30] [--trials-a-gang 4]
+                                      [--layouts 1x1 1x8 1x64 2x8 3x8] [--gangs-a-process 1]
 
 A layout is hosts × gangs on each. Driver, ledger, Ray and gangs are real; a trial holds its gang
 for `--trial-s` seconds and makes its outcome up. The driver runs on host 1. Gangs start one after
@@ -12,7 +12,7 @@ from that moment to the end of the last one. The driver's CPU share is that of o
 counted, and while all gangs work and none ends (`waiting`). Goal: an efficiency of 0.97 at trials of
 30 seconds. Needs Linux and root (see hosts.py).
 
-With `--gangs-a-process N` so many gangs share a process, by which a small machine holds a thousand
+With `--gangs-a-process N` so many gangs share a process, by which a small machine holds hundreds
 of them; to the driver each is a gang as any other.
 """
 
@@ -42,7 +42,7 @@ from orchestrator.study import Silent, Study
 from orchestrator.trial import Result, TrialResult, Work
 
 Json = dict[str, Any]
-LAYOUTS = ("1x1", "1x4", "1x16", "1x64", "2x16", "3x16")
+LAYOUTS = ("1x1", "1x8", "1x64", "2x8", "3x8")
 QUICK = ("1x2", "2x1")
 TOGETHER_S = 2.0  # between the moment when the last gang is there and the one when all begin
 LOOK_S = 0.2
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two gangs, trials of a second")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--trial-s", type=float, help="seconds that a trial takes; default 30")
-    parser.add_argument("--trials-a-gang", type=int, help="default 5")
+    parser.add_argument("--trials-a-gang", type=int, help="default 4")
     parser.add_argument("--layouts", nargs="+", help="hosts × gangs on each; default: as above")
     parser.add_argument("--gangs-a-process", type=int, default=1)
     parser.add_argument("--drive", type=Path, help=argparse.SUPPRESS)
@@ -221,7 +221,7 @@ def main() -> None:
         print(json.dumps(drive(*json.loads(asked.drive.read_text()))))
         return
     asked.trial_s = asked.trial_s or (1.0 if asked.quick else 30.0)
-    asked.trials_a_gang = asked.trials_a_gang or (3 if asked.quick else 5)
+    asked.trials_a_gang = asked.trials_a_gang or (3 if asked.quick else 4)
     rows = []
     for layout in asked.layouts or (QUICK if asked.quick else LAYOUTS):
         num_hosts, gangs_a_host = map(int, layout.split("x"))
@@ -246,7 +246,7 @@ def show(rows: Sequence[Json]) -> None:
             f"{row['start_s']:.1f} s",
             f"{row['driver_rss_mb']:.0f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

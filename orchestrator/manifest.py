@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def read_manifest(folder: Path) -> Json | None:
             return parse_manifest(path.read_bytes(), where=f"output_dir: {path}")
         except OSError as error:
             raise BadInput([f"output_dir: {path} cannot be read: {error.strerror}."]) from error
-    found = folder.iterdir() if folder.is_dir() else ()
-    seen = {path.name for path in found if not path.name.startswith(".")}
-    unknown = sorted(seen - OWN_NAMES)
+    seen: set[str] = set()
+    with suppress(FileNotFoundError):  # who looked at the machines takes away the folder it made
+        seen = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    unknown = sorted(name for name in seen - OWN_NAMES if not name.startswith("."))
     if unknown:
         raise BadInput(
             [

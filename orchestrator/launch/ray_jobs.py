@@ -24,6 +24,7 @@ import yaml
 
 import orchestrator.launch.ray_cluster  # noqa: F401  isort: skip (it sets what ray reads when it is imported)
 
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from orchestrator.recipe import Recipe, load_recipe
@@ -65,7 +66,7 @@ class Jobs:
             self._client = JobSubmissionClient(address)
         except (ImportError, RuntimeError) as error:
             raise BadInput(['jobs need more of Ray: pip install "slimtune[jobs]".']) from error
-        except (ConnectionError, ValueError, AssertionError) as error:
+        except (ConnectionError, ValueError, AssertionError, RayError) as error:
             raise BadInput([f"--address {address}: {_first_line(error)}."]) from error
 
     def submit(self, request: Request) -> str:
