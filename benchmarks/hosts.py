@@ -254,7 +254,7 @@ class Hosts:
                 n: self._start_ray(n, options, settings) for n in numbers if (n == 1) is head
             }
             for number, process in started.items():
-                if process.wait(timeout=120):
+                if process.wait(timeout=200):
                     said = (self.folder / f"host{number}.log").read_text()
                     raise RuntimeError(f"Ray does not start on host {number}: {said[-2000:]}")
 

@@ -21,7 +21,7 @@ from host_trials import (
     run_command,
     write_recipe,
 )
-from hosts import OUTSIDE, Hosts, NoHosts
+from hosts import Hosts, NoHosts
 from servers import postgresql, postgresql_server, s3_environment, s3_server  # noqa: F401
 from waiting import until
 
@@ -54,7 +54,7 @@ def settings(hosts: Hosts, apart: Path, s3_server: Any) -> dict[str, str]:  # no
     """What Ray and its drivers are started with; a node of Ray runs on each host."""
     pytest.importorskip("ray")
     _, port = s3_server.get_host_and_port()
-    there = s3_environment(hosts.address(OUTSIDE), port)
+    there = s3_environment(hosts.outside, port)
     settings = {**there, "TMPDIR": str(apart / "tmp")}
     hosts.start_ray(**settings)
     return settings
@@ -165,7 +165,7 @@ def test_a_study_whose_machine_is_gone_goes_on_from_another(
         tmp_path,
         output_dir=str(apart / "moved"),
         storage=uri,
-        ledger=postgresql.replace("127.0.0.1", hosts.address(OUTSIDE)),
+        ledger=postgresql.replace("127.0.0.1", hosts.outside),
         space={"finetune": {"learning_rate": {"choice": rates}, "max_steps": 40}},
         references={"dense_int8": False, "first_layers": [], "random_twin": False},
         resources={"address": hosts.ray_address, "cpus_per_trial": 1},
