@@ -301,7 +301,7 @@ def disturb(name: str, chaos: Chaos) -> Json:
     repaired = time.time()
     goes_on = True
     aftermath = Aftermath(begun, repaired, study.events(), [])
-    while goes_on and time.time() - begun < LIMIT_S and not aftermath.is_over:
+    while goes_on and time.time() - repaired < LIMIT_S and not aftermath.is_over:
         time.sleep(0.5)
         goes_on = study.keep_running()
         aftermath = Aftermath(begun, repaired, study.events(), study.ended[num_ended:])
