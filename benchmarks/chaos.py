@@ -49,7 +49,7 @@ PATIENCE_S = 30.0  # within which a loss is told of, if there was one
 LIMIT_S = 300.0  # within which the study has to get on again
 TAIL_S = 1200.0  # within which it ends, once nothing disturbs it any more
 WHOLE_RUNS = 10  # that come to an end without all trials before that is believed
-STARTS = 3  # of Ray on a host, before that is given up
+STARTS = 6  # of Ray on a host, before that is given up
 REFUSED_IN_A_ROW = 5  # that the command is given before its message is believed
 STORE_MB, REDIS_PORT = 600, 6390
 WORKER, DRIVER, RAYLET = "ray::RayW[o]rker", "orchestrator[.]cli", "[r]aylet/raylet"
@@ -194,7 +194,10 @@ class Chaos:
         self.start(1, **self.redis)
 
     def start(self, *numbers: int, **settings: str) -> None:
-        """Ray on these hosts; where it does not come up in its time, as on a busy machine, again."""
+        """Ray on these hosts; again where it does not come up.
+
+        On a busy machine its raylet ends when its agent has not come up within 15 s.
+        """
         for attempt in range(STARTS):
             try:
                 self.hosts.start_ray(*numbers, **SETTINGS, **settings)
@@ -403,7 +406,15 @@ def undisturbed(home: Path, num_trials: int) -> Iterator[Callable[[], Path]]:
         process.wait()
 
 
-def run(home: Path, num_trials: int, *, minutes: float, seed: int, kinds: list[str] | None) -> Json:
+def run(
+    home: Path,
+    num_trials: int,
+    *,
+    minutes: float,
+    seed: int,
+    kinds: list[str] | None,
+    pause_s: tuple[float, float] = PAUSE_S,
+) -> Json:
     rng = random.Random(seed)
     with mounted(home / "store"), Hosts(3) as hosts, redis(hosts, home):  # which see the mount
         study = Study(home, num_trials, hosts, random.Random(seed + 1000))
@@ -416,7 +427,7 @@ def run(home: Path, num_trials: int, *, minutes: float, seed: int, kinds: list[s
         while study.keep_running() and time.time() < end:
             faults.append(disturb(next(order), chaos))
             print(json.dumps(faults[-1]), flush=True)
-            time.sleep(rng.uniform(*PAUSE_S))
+            time.sleep(rng.uniform(*pause_s))
         disturbed_until = time.time()
         while study.keep_running() and time.time() - disturbed_until < TAIL_S:
             time.sleep(1)
@@ -507,13 +518,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure there")
     asked = parser.parse_args()
     kinds = asked.kinds.split(";") if asked.kinds else None
+    minutes, pause_s = asked.minutes, PAUSE_S
     if asked.quick:
-        kinds = ["worker killed", "driver killed"]
-    minutes = 0.4 if asked.quick else asked.minutes
+        kinds, minutes, pause_s = ["worker killed", "driver killed"], 0.4, (1.0, 1.0)
+        SETTINGS["CHAOS_HOLD_S"] = "2"
     num_trials = asked.trials or max(6, int(2 * minutes * 60 / HOLD_S))
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
     with undisturbed(home / "alone", num_trials) as alone:
-        report = run(home, num_trials, minutes=minutes, seed=asked.seed, kinds=kinds)
+        report = run(
+            home, num_trials, minutes=minutes, seed=asked.seed, kinds=kinds, pause_s=pause_s
+        )
         report |= compare(home / "kept", alone())
     report["undisturbed_ledger"] = str(home / "alone" / "study" / "ledger")
     told = {name: value for name, value in report.items() if name != "faults"}
