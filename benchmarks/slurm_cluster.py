@@ -25,7 +25,7 @@ from hosts import Hosts
 NODES = ("node1", "node2")  # of this machine alone
 STARTS_S, ENDS_S, JOB_S, LOOK_S = 30.0, 60.0, 400.0, 0.1
 SLURMD_PORT = 6818  # where a node has an address of its own
-LOST_S = 10  # that a node is silent until it counts as lost
+LOST_S, NEVER_LOST_S = 10, 3600  # that a node is silent until it counts as lost
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 CONFIGURATION = """
@@ -149,7 +149,7 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 def slurm_here() -> Iterator[Slurm]:
     """Two nodes of four CPUs that are both this machine. Raises `NoSlurm`."""
     nodes = [Node(name, host_name(), "127.0.0.1", free_port()) for name in NODES]
-    with _controller(nodes, address="127.0.0.1") as slurm, ExitStack() as stack:
+    with _controller(nodes, "127.0.0.1", NEVER_LOST_S) as slurm, ExitStack() as stack:
         for node in nodes:
             stack.enter_context(_daemon(slurm.folder, "slurmd", *_options(node.name)))
         _until_idle(slurm.folder, [node.name for node in nodes])
@@ -161,7 +161,7 @@ def slurm_here() -> Iterator[Slurm]:
 def slurm_over(hosts: Hosts) -> Iterator[Slurm]:
     """A node of four CPUs on each host; jobs are submitted from this machine. Raises `NoSlurm`."""
     nodes = [Node(f"host{n}", f"host{n}", hosts.address(n), SLURMD_PORT) for n in hosts.numbers]
-    with _controller(nodes, address=hosts.outside) as slurm:
+    with _controller(nodes, hosts.outside, LOST_S) as slurm:
         for number in hosts.numbers:
             start_node(hosts, number, slurm)
         _until_idle(slurm.folder, [node.name for node in nodes])
@@ -180,7 +180,7 @@ def start_node(hosts: Hosts, number: int, slurm: Slurm) -> None:
 
 
 @contextmanager
-def _controller(nodes: Sequence[Node], *, address: str) -> Iterator[Slurm]:
+def _controller(nodes: Sequence[Node], address: str, lost_s: int) -> Iterator[Slurm]:
     """What all nodes share, on this machine, and the way to it for commands."""
     for name in ("munged", "slurmctld", "slurmd", "sbatch"):
         if _program(name) is None:
@@ -188,7 +188,7 @@ def _controller(nodes: Sequence[Node], *, address: str) -> Iterator[Slurm]:
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.enter_context(_configuration_is(_configure(folder, nodes, address)))
+        stack.enter_context(_configuration_is(_configure(folder, nodes, address, lost_s)))
         files = [f"--{name}={folder}/munge.{end}" for name, end in MUNGE_FILES.items()]
         stack.enter_context(_daemon(folder, "munged", "--foreground", "--force", *files))
         _wait_for(lambda: (folder / "munge.socket").exists(), folder / "munged.txt")
@@ -196,7 +196,7 @@ def _controller(nodes: Sequence[Node], *, address: str) -> Iterator[Slurm]:
         yield Slurm(folder)
 
 
-def _configure(folder: Path, nodes: Sequence[Node], address: str) -> Path:
+def _configure(folder: Path, nodes: Sequence[Node], address: str, lost_s: int) -> Path:
     """slurm.conf, and what it names."""
     for name in ("state", *(f"spool.{node.name}" for node in nodes)):
         (folder / name).mkdir()
@@ -209,7 +209,7 @@ def _configure(folder: Path, nodes: Sequence[Node], address: str) -> Path:
         port=free_port(),
         user=getuser(),
         folder=folder,
-        lost_s=LOST_S,
+        lost_s=lost_s,
         first=free_port(),  # folders and ports of jobs go by their numbers; others may be here
         nodes="\n".join(node.line for node in nodes),
         names=",".join(node.name for node in nodes),
