@@ -279,7 +279,7 @@ def environment(**settings: str) -> dict[str, str]:
     """Of whatever runs on hosts, Ray and its drivers alike."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ray = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    ray |= {"RAY_raylet_start_wait_time_s": "90", **RAY_NOTICES_LOSS}  # on a busy machine
+    ray |= RAY_NOTICES_LOSS
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # as where it is activated
     return kept | ray | {"PYTHONPATH": str(REPOSITORY), "PATH": path} | settings
 
