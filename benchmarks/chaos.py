@@ -75,10 +75,13 @@ print(json.dumps(sum(state != "REMOVED" for state in states)))
 class Study:
     """A recipe, its folder, and the driver that runs it on one host; started again where it ends early.
 
-    `ended` says when each driver ended, and with which exit status.
+    `ended` says when each driver ended, and with which exit status. The next one is on any host by
+    `rng`, where there is one: there it waits until the last is not heard of any more.
     """
 
-    def __init__(self, home: Path, num_trials: int, hosts: Hosts, rng: random.Random) -> None:
+    def __init__(
+        self, home: Path, num_trials: int, hosts: Hosts, rng: random.Random | None
+    ) -> None:
         self.hosts, self.home, self.num_trials, self.rng = hosts, home, num_trials, rng
         self.folder = home / "store" / "study"
         self.recipe = write_recipe(home, self.folder, num_trials, address=hosts.ray_address)
@@ -100,7 +103,8 @@ class Study:
                 return False
             if [s for _, s in self.ended[-REFUSED_IN_A_ROW:]] == [2] * REFUSED_IN_A_ROW:
                 raise RuntimeError(self.log.read_text()[-2000:])
-            self.place = self.rng.choice(list(self.hosts.numbers))
+            if self.rng:
+                self.place = self.rng.choice(list(self.hosts.numbers))
         self.num_started += 1
         command = [sys.executable, "-m", "orchestrator.cli", "run", str(self.recipe)]
         driver = self.hosts.start(self.place, command, log=self.log, PYTHONPATH=PYTHON_PATH)
@@ -413,11 +417,12 @@ def run(
     minutes: float,
     seed: int,
     kinds: list[str] | None,
-    pause_s: tuple[float, float] = PAUSE_S,
+    is_quick: bool,
 ) -> Json:
     rng = random.Random(seed)
     with mounted(home / "store"), Hosts(3) as hosts, redis(hosts, home):  # which see the mount
-        study = Study(home, num_trials, hosts, random.Random(seed + 1000))
+        moves = None if is_quick else random.Random(seed + 1000)
+        study = Study(home, num_trials, hosts, moves)
         chaos, faults = Chaos(hosts, study, rng), []
         chaos.start_ray()
         study.keep_running()
@@ -429,7 +434,7 @@ def run(
                 break
             faults.append(disturb(name, chaos))
             print(json.dumps(faults[-1]), flush=True)
-            time.sleep(rng.uniform(*pause_s))
+            time.sleep(1.0 if is_quick else rng.uniform(*PAUSE_S))
         disturbed_until = time.time()
         while study.keep_running() and time.time() - disturbed_until < TAIL_S:
             time.sleep(1)
@@ -518,15 +523,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure there")
     asked = parser.parse_args()
     kinds = asked.kinds.split(";") if asked.kinds else None
-    pause_s = PAUSE_S
     if asked.quick:
-        kinds, pause_s = ["worker killed", "driver killed"], (1.0, 1.0)
+        kinds = ["worker killed", "driver killed"]
         SETTINGS["CHAOS_HOLD_S"] = "2"
     num_trials = asked.trials or (12 if asked.quick else int(2 * asked.minutes * 60 / HOLD_S))
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
     with undisturbed(home / "alone", num_trials) as alone:
         report = run(
-            home, num_trials, minutes=asked.minutes, seed=asked.seed, kinds=kinds, pause_s=pause_s
+            home,
+            num_trials,
+            minutes=asked.minutes,
+            seed=asked.seed,
+            kinds=kinds,
+            is_quick=asked.quick,
         )
         report |= compare(home / "kept", alone())
     report["undisturbed_ledger"] = str(home / "alone" / "study" / "ledger")
