@@ -27,6 +27,7 @@ WELL: dict[str, Any] = {
     "disk_free_gb": 100.0,
     "shm_free_gb": 8.0,
     "storage": "",
+    "has_uri": False,
 }
 
 
@@ -54,6 +55,12 @@ def packages(**changes: str | None) -> dict[str, Any]:
         (survey(disk_free_gb=0.3), "has 0.3 GB free for temporary files", "TMPDIR", True),
         (survey(shm_free_gb=0.06), "has 0.06 GB of shared memory free", "--shm-size", True),
         (survey(storage="is not there"), "the study's folder is not there", "output_dir", True),
+        (
+            survey(has_uri=True, storage="cannot be written: Access Denied"),
+            "the study's storage cannot be written: Access Denied",
+            "credentials",
+            True,
+        ),
         (survey(sees={"missing": ["a"]}), "does not see what a wrote", "output_dir", True),
         (survey(sees={"unreachable": ["a"]}), "cannot connect to a", "open the ports", True),
         (survey(clock_off_s=-9.0), "its clock is 9 s behind", "chrony", False),

@@ -424,7 +424,7 @@ from orchestrator.launch.ray_gangs import RayGangs
 from orchestrator.resources import Resources
 from orchestrator.trial import Work
 from orchestrator.runtimes import Target
-recipe = SimpleNamespace(name="toy", models=[SimpleNamespace(id="toy")], resources=Resources(), target=Target(), resolved=dict)
+recipe = SimpleNamespace(name="toy", models=[SimpleNamespace(id="toy")], storage=None, resources=Resources(), target=Target(), resolved=dict)
 launcher = RayGangs(recipe, Path(sys.argv[1]), worker="toy_worker:ToyWorker")
 launcher.start(Work("baseline", "w", model=sys.argv[2]))
 assert os.getpgrp() == group
