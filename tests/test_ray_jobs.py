@@ -151,6 +151,7 @@ def test_a_job_tells_how_it_goes_and_ends_as_the_study_does(
 
 @cluster
 @slow
+@pytest.mark.parametrize("ray_cluster", [ASKS], indirect=True)
 def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
     ray_cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_job_that_was_stopped_goes_on_when_it_is_submitted_again(
 
 @cluster
 @slow
+@pytest.mark.parametrize("ray_cluster", [ASKS], indirect=True)
 def test_ray_s_own_command_runs_a_study_from_the_head(ray_cluster: Cluster, tmp_path: Path) -> None:
     recipe = tiny_study.write_recipe(tmp_path, references=ALONE)
     submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
