@@ -24,6 +24,9 @@ from orchestrator.trial import Infeasible
 
 RUNTIME = RUNTIMES["onnxruntime"]
 TARGET = Target()
+SUMMED = (
+    3e-5  # that float32 logits may differ by, as a share of their spread, from other orders of sums
+)
 KINDS = {
     "bert": "encoder",
     "roberta": "encoder",
@@ -108,8 +111,8 @@ def greedy(session: Session, prompt: np.ndarray, num_tokens: int) -> list[int]:
 def test_a_float_model_is_served_as_torch_computes_it_at_any_shape(family, cache, tmp_path):
     model = make(family)
     session = RUNTIME.load(export(model, tmp_path, cache), TARGET)
-    assert difference(model, session, rows=1, length=3) < 1e-5
-    assert difference(model, session, rows=5, length=21) < 1e-5
+    assert difference(model, session, rows=1, length=3) < SUMMED
+    assert difference(model, session, rows=5, length=21) < SUMMED
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -135,7 +138,7 @@ def test_a_second_model_of_the_same_shapes_is_not_exported_again(cache, tmp_path
             parameter.mul_(1.1)
     other.config.id2label = {0: "bad", 1: "good"}
     session = RUNTIME.load(export(other, tmp_path / "second", cache), TARGET)
-    assert difference(other, session, rows=3, length=9) < 1e-5
+    assert difference(other, session, rows=3, length=9) < SUMMED
 
 
 def test_a_model_of_other_shapes_or_settings_is_another_template():
@@ -313,4 +316,4 @@ def test_an_encoder_decoder_is_served_in_two_parts(cache, tmp_path):
 def test_a_decoder_with_a_class_head_is_served_as_an_encoder(cache, tmp_path):
     model = tiny_models.make("llama_untied")
     session = RUNTIME.load(export(model, tmp_path, cache), TARGET)
-    assert difference(model, session, rows=3, length=11) < 1e-5
+    assert difference(model, session, rows=3, length=11) < SUMMED
