@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(look: Callable[[], T | None], *, what: str = "it", seconds: float = 300) -> T:
+def until(look: Callable[[], T | None], *, what: str = "it", seconds: float = 500) -> T:
     """What `look` gives as soon as it gives something."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
