@@ -23,7 +23,7 @@ import psutil
 from hosts import Hosts
 
 NODES = ("node1", "node2")  # of this machine alone
-STARTS_S, ENDS_S, JOB_S, LOOK_S = 30.0, 60.0, 400.0, 0.1
+STARTS_S, ENDS_S, JOB_S, LOOK_S = 30.0, 60.0, 900.0, 0.1
 SLURMD_PORT = 6818  # where a node has an address of its own
 LOST_S, NEVER_LOST_S = 10, 3600  # that a node is silent until it counts as lost
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY")
