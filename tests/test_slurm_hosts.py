@@ -176,7 +176,7 @@ def test_a_study_that_is_queued_again_at_once_waits_until_its_driver_counts_as_d
 def test_a_cancelled_study_leaves_nothing_on_any_host(
     slurm: Slurm, hosts: Hosts, slimtune: Here, tmp_path: Path
 ):
-    recipe = write_long(tmp_path, task="Slow", steps=10**6, count=3)
+    recipe = write_long(tmp_path, task="Slow", steps=600, count=3)
     number = submitted(slimtune, recipe, "--nodes", 3)
     until(lambda: in_mid_trial(recipe), what="a checkpoint")
     slurm.cancel(number)
