@@ -7,6 +7,7 @@ what it is offered on machines of its own, and answers; who falls silent is coun
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -92,13 +93,9 @@ class Offers:
     # -- offers ----------------------------------------------------------------------------------
 
     def make(self, guest: str, work: Work) -> int:
-        """Offer a work to a guest; its number."""
-        with self._database() as database, database.transaction():
-            rows = database.rows(
-                "SELECT COALESCE(MAX(number), 0) + 1 FROM slimtune_offers WHERE study = ?",
-                (self.study,),
-            )
-            number = int(rows[0][0])
+        """Offer a work to a guest; its number, which no other has: a guest may answer late."""
+        number = secrets.randbits(62)
+        with self._database() as database:
             database.change(
                 "INSERT INTO slimtune_offers VALUES (?, ?, ?, ?, 'offered', '', NULL)",
                 (self.study, number, guest, json.dumps(_work_to_json(work))),
@@ -111,7 +108,7 @@ class Offers:
         with self._database() as database:
             rows = database.rows(
                 "SELECT number, guest, work, state, stage, answer FROM slimtune_offers"
-                f" WHERE study = ?{only} ORDER BY number",
+                f" WHERE study = ?{only}",
                 [self.study, *names],
             )
         return list(map(_offer, rows))

@@ -89,6 +89,10 @@ def test_a_work_goes_to_a_guest_where_there_is_no_room_and_comes_back(kind: str,
     assert offers.answer(offer.number, RESULTS[kind])
     assert launcher.wait(5.0) == [RESULTS[kind]]
     assert offers.all() == [] and not offers.answer(offer.number, RESULTS[kind])
+    launcher._looked = 0.0
+    launcher.start(TRIAL)
+    assert len(offers.all("guest")) == 1
+    assert not offers.answer(offer.number, RESULTS[kind])  # late, and not of this one
 
 
 def test_what_a_guest_that_left_had_is_lost_and_its_own_machines_come_first(offers: Offers):
