@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -42,7 +41,7 @@ from orchestrator.recompute import check_recomputes
 from orchestrator.runtimes import RUNTIMES, Session, Target
 from orchestrator.score_files import Scores, shared_scores
 from orchestrator.space import can_go_on, num_steps
-from orchestrator.stages import Claim, Stages
+from orchestrator.stages import Claim, Stages, unclaimed
 from orchestrator.storage import Storage
 from orchestrator.tasks import Encoded, Rows, Split, Task
 from orchestrator.tasks.data import collect
@@ -65,9 +64,8 @@ class Bench:
     """The shared things of one study on one worker; `crew` are those that train together with it. A
     batch is trained on in `pieces`, where memory is short.
 
-    `folder` is this worker's own of the study where the recipe has a storage, else all workers'; a
-    `claim` is held on what several of them would make.
-    `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
+    `folder` is this worker's own of the study where the recipe has a storage, else all workers'. A
+    `claim` is held on what several of them would make. `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
     the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
     how a trial's training goes; after `notice` it goes on elsewhere.
     """
@@ -78,7 +76,7 @@ class Bench:
         folder: Path,
         *,
         device: str | None = None,
-        claim: Claim = lambda name: nullcontext(),
+        claim: Claim = unclaimed,
         rows_limit: int | None = None,
         steps_limit: int | None = None,
     ) -> None:

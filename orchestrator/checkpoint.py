@@ -27,7 +27,7 @@ from orchestrator.ranks import Ranks
 from orchestrator.shards import gathered
 from orchestrator.skeleton import Stored, aliases
 from orchestrator.stages import folder_sha256
-from orchestrator.storage import Storage
+from orchestrator.storage import Storage, remove_folder
 
 WEIGHTS, ABOUT, GATHERED = "model.safetensors", "about.json", "optimizer.safetensors"
 RANDOM = "random."
@@ -190,7 +190,7 @@ class Saver:
         if self.storage:
             self.storage.send(made)
         for folder in before:
-            self._remove(folder)
+            remove_folder(folder, self.storage)
 
     def last(self) -> Earlier | None:
         """The last that is intact; others are removed."""
@@ -204,17 +204,12 @@ class Saver:
                 intact = False
             if intact:
                 return Earlier(folder, seal["step"], seal["progress"])
-            self._remove(folder)
+            remove_folder(folder, self.storage)
         return None
 
     def forget(self) -> None:
         """The training is over."""
-        self._remove(self.folder)
-
-    def _remove(self, folder: Path) -> None:
-        if self.storage:
-            self.storage.remove(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(self.folder, self.storage)
 
     def _all(self) -> list[Path]:
         found = set(self.folder.glob("step-*"))

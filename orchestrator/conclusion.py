@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from orchestrator.launch import Lost
 from orchestrator.outcomes import folder_of
 from orchestrator.report import write_report
 from orchestrator.stages import GOING, write_atomically
+from orchestrator.storage import Storage, remove_folder
 from orchestrator.trial import (
     Measurement,
     NoBaseline,
@@ -27,7 +27,6 @@ from orchestrator.trial import (
 )
 
 if TYPE_CHECKING:
-    from orchestrator.storage import Storage
     from orchestrator.study import Study
 
 
@@ -89,9 +88,7 @@ class Conclusion:
         found = {*stages.glob("*"), *(self.storage.below(stages) if self.storage else ())}
         for folder in found:
             if folder.name.partition("-")[0] in LARGE_STAGES or folder.name.startswith(GOING):
-                shutil.rmtree(folder, ignore_errors=True)
-                if self.storage:
-                    self.storage.remove(folder)
+                remove_folder(folder, self.storage)
 
     # -- what is shown ---------------------------------------------------------------------------
 
@@ -199,10 +196,7 @@ class Conclusion:
         """Delete a dominated artifact; its command builds it again."""
         if outcome.role != "trial" or outcome.result.artifact is None:
             return
-        artifact = outcome.folder / outcome.result.artifact
-        shutil.rmtree(artifact, ignore_errors=True)
-        if self.storage:
-            self.storage.remove(artifact)
+        remove_folder(_artifact(outcome), self.storage)
         dropped = outcome.replaced(outcome.result.model_copy(update={"artifact": None}))
         self.outcomes.add(dropped)
         self.study.write(dropped)
@@ -252,7 +246,7 @@ class Conclusion:
     def _records(self, outcome: Outcome) -> list[Json]:
         if outcome.result.artifact is None:
             return []
-        return read_predictions(outcome.folder / outcome.result.artifact, "validation")
+        return read_predictions(_artifact(outcome), "validation")
 
 
 def _artifact(outcome: Outcome) -> Path:

@@ -10,7 +10,6 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from orchestrator.notice import Notice
 from orchestrator.quiet import quiet
 from orchestrator.recipe import Recipe
 from orchestrator.run_trial import DISK_IS_FULL, measure_test, run_baseline, run_trial
-from orchestrator.stages import Claim
+from orchestrator.stages import Claim, unclaimed
 from orchestrator.training import Crew, join_ranks
 from orchestrator.trial import Result, TrialResult, Work
 
@@ -108,7 +107,7 @@ class Worker:
     to make, too.
     """
 
-    claim: Claim = staticmethod(lambda name: nullcontext())
+    claim: Claim = staticmethod(unclaimed)
 
     def __init__(
         self,

@@ -11,8 +11,7 @@ from pathlib import Path
 from orchestrator.launch import Launcher, Told, make_launcher
 from orchestrator.lease import Holder
 from orchestrator.ledger import Ledger
-from orchestrator.manifest import NAME as MANIFEST
-from orchestrator.manifest import check_goes_on, parse_manifest, read_manifest
+from orchestrator.manifest import adopt, ledger_key, open_study
 from orchestrator.offers import Offers
 from orchestrator.recipe import Recipe
 from orchestrator.storage import Storage
@@ -31,14 +30,17 @@ def help_out(recipe: Recipe, *, device: str | None, tell: Tell) -> None:
     if recipe.ledger is None:
         problem = "a ledger that all drivers reach, such as `ledger: postgresql://host/database`"
         raise BadInput([f"--join needs {problem}."])
-    study = _begun(recipe)
-    if study is None:
+    folder = Path(recipe.output_dir)
+    if recipe.storage:
+        adopt(Storage(recipe.storage, folder), folder, recipe)
+    if open_study(folder, recipe) is None:
         return
+    study = ledger_key(folder)
     ledger, offers = Ledger(recipe.ledger, study), Offers(recipe.ledger, study)
     if (held := ledger.held()) is None:
         return
     tell(f"joined the study, which {held.holder} runs")
-    visit = Visit(make_launcher(recipe, Path(recipe.output_dir), device=device), offers)
+    visit = Visit(make_launcher(recipe, folder, device=device), offers)
     try:
         while ledger.held() is not None:
             with suppress(BadInput):  # the ledger's server is away; it may be back the next time
@@ -47,20 +49,6 @@ def help_out(recipe: Recipe, *, device: str | None, tell: Tell) -> None:
         visit.end()
         ledger.close()
         tell(f"has done {visit.num_done} of its works here; nobody runs it any more")
-
-
-def _begun(recipe: Recipe) -> str | None:
-    """What the study is called in its ledger, if it was begun here or elsewhere."""
-    path = Path(recipe.output_dir) / MANIFEST
-    manifest, where = read_manifest(path.parent), f"output_dir: {path.parent}"
-    if manifest is None and recipe.storage:
-        where = f"storage: {recipe.storage}"
-        text = Storage(recipe.storage, path.parent).published(path)
-        manifest = text and parse_manifest(text, where=where)
-    if not manifest:
-        return None
-    check_goes_on(manifest, recipe, where=where)
-    return str(manifest["ledger_key"])
 
 
 class Visit:

@@ -32,6 +32,11 @@ GOING = ".going-"  # how names of folders begin from which an interrupted traini
 POLL_S = 0.05
 
 
+def unclaimed(name: str) -> AbstractContextManager[None]:
+    """Where nobody else can want to make it."""
+    return nullcontext()
+
+
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as stream:
@@ -91,7 +96,7 @@ class Stages:
         folder: Path,
         *,
         storage: Storage | None = None,
-        claim: Claim = lambda name: nullcontext(),
+        claim: Claim = unclaimed,
         while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.storage = folder, storage

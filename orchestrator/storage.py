@@ -207,6 +207,13 @@ class Storage:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
+def remove_folder(folder: Path, storage: Storage | None) -> None:
+    """Remove a folder, and all copies of it where there is a storage."""
+    if storage:
+        storage.remove(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def open_uri(uri: str) -> tuple[Any, str]:
     """The file system of a URI, and the path in it. Raises `BadInput`."""
     import fsspec

@@ -35,7 +35,7 @@ from orchestrator.resources import GangOptions
 from orchestrator.rungs import Rungs, Telling
 from orchestrator.skeleton import make_skeleton
 from orchestrator.spread_masks import Chooser, SpreadMasks, schedules
-from orchestrator.storage import Storage
+from orchestrator.storage import Storage, remove_folder
 from orchestrator.strategies import Strategy, make_strategy
 from orchestrator.trial import Diverged, Frozen, Preempted, content_hash
 
@@ -297,12 +297,13 @@ class Crew:
             shutil.rmtree(left, ignore_errors=True)
         start = bench.stages.folder / f".start-{key}-{secrets.token_hex(4)}"
         start.mkdir(parents=True)
+        storage = self._storage(bench)
         try:
             checkpoint.save(start, model.cpu(), tokenizer, {})
             bench.base(assignment.model).model.config.save_pretrained(start)
             if not schedules(assignment.prune):
                 _empty(model)
-            if storage := self._storage(bench):
+            if storage:
                 storage.send(start)
             options = self.options(assignment.model)
             part = Part(
@@ -321,9 +322,7 @@ class Crew:
             told = rungs and rungs.during(None)
             report, weights, gathered = self._do(part, bench, Chooser(model, prunings), told)
         finally:
-            shutil.rmtree(start, ignore_errors=True)
-            if storage := self._storage(bench):
-                storage.remove(start)
+            remove_folder(start, storage)
         for name, value in weights.items():
             model.get_parameter(name).data = value
         model.to(bench.device).eval()

@@ -147,6 +147,7 @@ class TrialResult(Frozen):
 
 
 Kind = Literal["baseline", "trial", "test", "speed", "timings"]
+TIMED = ("speed", "timings")  # works that run on machines of the target's kind alone
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,17 @@ def results(recipe: Path, ledger: str) -> dict[str, Any]:
     return {event.key: event.payload["result"]["status"] for event in finished}
 
 
+def two_drivers(recipe: Path, ledger: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """The second joins once the first has its dense baseline."""
+    first = driver(recipe)
+    until(lambda: happened(recipe, ledger, "finished"), what="the dense baseline")
+    return first, driver(recipe, "--join")
+
+
 @pytest.mark.slow
 def test_two_drivers_share_a_study(postgresql: str, tmp_path: Path):  # noqa: F811
     recipe = write(tmp_path, postgresql)
-    first = driver(recipe)
-    until(lambda: happened(recipe, postgresql, "finished"), what="the dense baseline")
-    second = driver(recipe, "--join")
+    first, second = two_drivers(recipe, postgresql)
     said = [process.communicate(timeout=400)[1] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0), said
     found = results(recipe, postgresql)
@@ -175,9 +180,7 @@ def test_two_drivers_share_a_study(postgresql: str, tmp_path: Path):  # noqa: F8
 @pytest.mark.slow
 def test_who_has_joined_goes_on_where_the_driver_is_killed(postgresql: str, tmp_path: Path):  # noqa: F811
     recipe = write(tmp_path, postgresql)
-    first = driver(recipe)
-    until(lambda: happened(recipe, postgresql, "finished"), what="the dense baseline")
-    second = driver(recipe, "--join")
+    first, second = two_drivers(recipe, postgresql)
     until(lambda: len(happened(recipe, postgresql, "finished")) > 3, what="some trials")
     first.send_signal(signal.SIGKILL)
     first.communicate()

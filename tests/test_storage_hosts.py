@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -33,9 +34,13 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that each host has for itself: the study's is in it, and temporary files."""
-    return tmp_path_factory.mktemp("apart")
+def apart() -> Iterator[Path]:
+    """A folder that each host has for itself: the study's is in it, and temporary files.
+
+    Its path is short, since Ray's sockets lie below it and the path of one has at most 107 bytes.
+    """
+    with tempfile.TemporaryDirectory(prefix="apart-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")

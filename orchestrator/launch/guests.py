@@ -10,10 +10,9 @@ from typing import Any
 from orchestrator.database import Unreachable
 from orchestrator.launch import Event, Launcher, Lost, Told
 from orchestrator.offers import Guest, Offer, Offers
-from orchestrator.trial import BadInput, Reason, Work
+from orchestrator.trial import TIMED, BadInput, Reason, Work
 
 POLL_S = 1.0
-TIMED = ("speed", "timings")  # works for the driver's own machines
 
 
 class WithGuests:

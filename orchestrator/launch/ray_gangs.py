@@ -44,13 +44,11 @@ from orchestrator.launch.ray_nodes import LEAVES_S, remove_scratch, survey
 from orchestrator.launch.ray_suspects import IN_A_ROW, Suspects
 from orchestrator.launch.ray_worker import Answer, News
 from orchestrator.measure.fingerprint import fingerprint
-from orchestrator.scratch import scratch_name
-from orchestrator.trial import BadInput, Reason, Work, model_of
+from orchestrator.trial import TIMED, BadInput, Reason, Work, model_of
 
 if TYPE_CHECKING:
     from orchestrator.recipe import Recipe
 
-TIMED = ("speed", "timings")  # works that run on machines of the target's kind
 POLL_S = 1.0  # between looks at deadlines; news come at once
 PLACING_S = 2.0  # a gang that takes longer to be placed waits for room
 ON_NOTICE = "its machine was about to be taken away"
@@ -64,8 +62,7 @@ class RayGangs:
     """A launcher of warm gangs. Joins Ray, or starts it here, when it is first asked for room.
 
     `worker` names the class whose `facts`, `do`, `leave`, `reset` and `rss_mb` a worker's process
-    calls. It
-    `examines` the nodes of a cluster that it joins before anything is started there.
+    calls. It `examines` the nodes of a cluster that it joins before anything is started there.
     """
 
     def __init__(
@@ -204,7 +201,7 @@ class RayGangs:
         for gang in list(self.gangs):
             self._end(gang)
         if self.storage and "cluster" in self.__dict__:
-            name = scratch_name(self.storage, str(self.folder))
+            name = scratch.scratch_name(self.storage, str(self.folder))
             if self.cluster.is_own:
                 scratch.remove(name, patience_s=LEAVES_S)
             else:
