@@ -5,7 +5,8 @@
 Jobs of three nodes, one after another, on a Slurm of one's own over three hosts (see hosts.py and
 slurm_cluster.py; needs Linux, root and Slurm). Each runs a study of small trials: its Ray is
 started on all nodes, the dense model trained, trials run, the front timed and scored, and all of
-it ended. Every figure is in seconds by one clock, and the median of the jobs.
+it ended. Every figure is in seconds by one clock, and the median of the jobs; Slurm tells when a job
+started in whole seconds only.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,14 @@ def run_job(slurm: Slurm, folder: Path) -> Json:
     if slurm.status(number):
         raise RuntimeError((folder / "job.txt").read_text()[-2000:])
     ended = time.time()
+    begun = datetime.fromisoformat(slurm.job(number)["StartTime"]).timestamp()
     study = folder / "study"
     with closing(Ledger(study / "ledger", ledger_key(study))) as ledger:
         events = list(ledger.events())
     started = times(events, "started")
     last = times(events, "finished")[-1]
     return {
+        "sbatch_to_job_start_s": begun - submitted,
         "sbatch_to_baseline_s": started[0] - submitted,
         "sbatch_to_first_trial_s": times(events, "started", trials=True)[0] - submitted,
         "last_trial_to_front_s": (study / "front.json").stat().st_mtime - last,

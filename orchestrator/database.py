@@ -16,7 +16,8 @@ from typing import Any, NoReturn, Protocol
 from orchestrator.trial import BadInput
 
 FILE, VERSION_TABLE = "ledger.sqlite3", "slimtune_schema"
-TIMEOUT_S = 30  # for a lock, or an answer to a connection
+TIMEOUT_S = 30  # for an answer to a connection
+LOCKED_S = 180  # a disk that is away for a minute holds up whoever has the lock
 Rows = list[tuple[Any, ...]]
 
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -67,7 +68,7 @@ class Sqlite:
         self._path, self.name = path, str(path)
         with self._explained():
             self._connection = sqlite3.connect(
-                self._uri(write), uri=True, timeout=TIMEOUT_S, isolation_level=None
+                self._uri(write), uri=True, timeout=LOCKED_S, isolation_level=None
             )
             self._connection.create_function("epoch", 0, time.time)
             if write:

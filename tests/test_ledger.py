@@ -9,9 +9,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -353,6 +354,19 @@ def test_who_lost_the_lease_cannot_give_it_back(where, ledger, monkeypatch):
 
 
 # -- what cannot be used -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_event_waits_for_a_lock_that_a_disk_away_for_a_minute_holds_up(tmp_path):
+    with closing(Ledger(tmp_path, "study")) as ledger:
+        ledger.take()
+        slow = sqlite3.connect(tmp_path / "ledger.sqlite3", check_same_thread=False)
+        slow.execute("BEGIN IMMEDIATE")
+        back = threading.Timer(65, slow.rollback)
+        back.start()
+        assert ledger.append("started", "a") == 1
+        back.join()
+        slow.close()
 
 
 def test_a_damaged_file_is_said_to_be(tmp_path):
