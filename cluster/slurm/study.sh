@@ -39,7 +39,8 @@ start_ray() {
     head="$(address)"
     port=$((10000 + SLURM_JOB_ID % 10000))
     while is_open "$head" "$port"; do port=$((port + 1)); done
-    ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short
+    ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short; it has
+    # one of each node's in it, as nodes that share /tmp would take the same names
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
     export python job look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
@@ -66,7 +67,7 @@ ray_node() {
     set -m # process groups of their own
     if [[ $SLURM_PROCID == 0 ]]; then
         printf '%s\n' "$SLURM_STEP_ID" >"$TMPDIR/step"
-        options=(--head --port="$port" --include-dashboard=false --temp-dir="$ray_folder")
+        options=(--head --port="$port" --include-dashboard=false)
         if in_environment "$python" -c 'import grpc' 2>/dev/null; then # Ray's own client is served
             options+=(--ray-client-server-port="$((port + 10000))")
         fi
@@ -88,6 +89,7 @@ ray_node() {
 run_ray() {
     local log="$TMPDIR/ray-$SLURM_PROCID.txt"
     in_environment "$python" -m ray.scripts.scripts start "$@" --node-ip-address="$own" \
+        --temp-dir="$ray_folder/$SLURM_PROCID" \
         --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0 \
         --num-cpus="$SLURM_CPUS_ON_NODE" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" \
         --disable-usage-stats --block >"$log" 2>&1 &
@@ -107,7 +109,8 @@ batch_host_is_lost() {
 end_node() {
     [[ -z $ray ]] || kill -KILL -- "-$ray"
     wait
-    rm -rf -- "$TMPDIR" "$ray_folder"
+    rm -rf -- "$TMPDIR" "$ray_folder/$SLURM_PROCID"
+    rmdir -- "$ray_folder"
 } 2>/dev/null
 
 wait_for_head() { until is_open "$head" "$port"; do sleep 0.5; done; }
