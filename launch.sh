@@ -159,9 +159,8 @@ run_tests() {
     else
         report_torch "$python"
     fi
-    # The whole suite, much of which waits, on two cores, in the order of tests/conftest.py; single
-    # files start sooner without.
-    local parallel=(-n 4 --dist loadfile --no-loadscope-reorder)
+    # The whole suite, much of which waits, on two cores; single files start sooner without.
+    local parallel=(-n 3 --dist loadfile)
     [[ $# == 0 || "$1" == -m ]] || parallel=()
     [[ ${#parallel[@]} == 0 ]] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     cd -- "$root"

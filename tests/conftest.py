@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -83,24 +82,6 @@ def slimtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     """The command in this process; what it starts finds the package too."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     return Here(capsys, monkeypatch)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests come first, so that none is left alone at the end; those with
-    hosts of their own in turn with others, as starting Ray on many hosts at once takes all cores.
-    """
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-
-    def marked(path: Path, mark: str) -> int:
-        return sum(item.get_closest_marker(mark) is not None for item in files[path])
-
-    slowest = sorted(files, key=lambda path: -marked(path, "slow"))
-    on_hosts = [path for path in slowest if marked(path, "cluster")]
-    others = [path for path in slowest if not marked(path, "cluster")]
-    in_turn = [path for pair in zip_longest(on_hosts, others) for path in pair if path]
-    items[:] = [item for path in in_turn for item in files[path]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
