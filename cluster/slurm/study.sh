@@ -180,6 +180,7 @@ end() {
         step="$(cat -- "$TMPDIR/step" 2>/dev/null)"
         if [[ $step ]]; then scancel --signal=TERM "$job.$step"; else kill "$ray"; fi
         wait "$ray"
+        rm -rf -- "$ray_folder" # also of a node that lost power, where they share /tmp
     fi
     rm -rf -- "$TMPDIR"
 } 2>/dev/null
