@@ -153,7 +153,9 @@ def test_a_study_whose_own_host_lost_power_is_queued_again_and_goes_on(
     finally:
         back(slurm, hosts, 1)
     assert slurm.status(number) == 0, log(recipe)
-    assert len(results(recipe)) == 4 and steps_gone_on_from(recipe)
+    assert len(results(recipe)) == 4
+    # each once; what trained on another host may have come to its end meanwhile, without a driver
+    assert len(happened(recipe, "finished")) == 4
     leaves_nothing(number, hosts)
 
 
