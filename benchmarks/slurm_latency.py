@@ -5,8 +5,8 @@
 Jobs of three nodes, one after another, on a Slurm of one's own over three hosts (see hosts.py and
 slurm_cluster.py; needs Linux, root and Slurm). Each runs a study of small trials: its Ray is
 started on all nodes, the dense model trained, trials run, the front timed and scored, and all of
-it ended. Every figure is in seconds by one clock, and the median of the jobs; Slurm tells when a job
-started in whole seconds only.
+it ended. Every figure is in seconds by one clock, and the median of the jobs; when a job started
+is told by Slurm, in whole seconds.
 """
 
 from __future__ import annotations

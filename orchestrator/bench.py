@@ -65,9 +65,10 @@ class Bench:
     batch is trained on in `pieces`, where memory is short.
 
     `folder` is this worker's own of the study where the recipe has a storage, else all workers'. A
-    `claim` is held on what several of them would make. `rows_limit` and `steps_limit` cut every split and every training, for a dry run. `timed_on` is
-    the fingerprint of the machines on which speed counts, "" where any will do. `rungs` are told
-    how a trial's training goes; after `notice` it goes on elsewhere.
+    `claim` is held on what several of them would make. `rows_limit` and `steps_limit` cut every split
+    and every training, for a dry run. `timed_on` is the fingerprint of the machines on which speed
+    counts, "" where any will do. `rungs` are told how a trial's training goes; after `notice` it goes
+    on elsewhere.
     """
 
     def __init__(

@@ -353,9 +353,6 @@ def test_who_lost_the_lease_cannot_give_it_back(where, ledger, monkeypatch):
     other.close()
 
 
-# -- what cannot be used -------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_an_event_waits_for_a_lock_that_a_disk_away_for_a_minute_holds_up(tmp_path):
     with closing(Ledger(tmp_path, "study")) as ledger:
@@ -367,6 +364,9 @@ def test_an_event_waits_for_a_lock_that_a_disk_away_for_a_minute_holds_up(tmp_pa
         assert ledger.append("started", "a") == 1
         back.join()
         slow.close()
+
+
+# -- what cannot be used -------------------------------------------------------------------------
 
 
 def test_a_damaged_file_is_said_to_be(tmp_path):

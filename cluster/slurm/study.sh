@@ -39,8 +39,9 @@ start_ray() {
     head="$(address)"
     port=$((10000 + SLURM_JOB_ID % 10000))
     while is_open "$head" "$port"; do port=$((port + 1)); done
-    ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID" # of sockets, whose paths have to be short; it has
-    # one of each node's in it, as nodes that share /tmp would take the same names
+    # Of sockets, whose paths have to be short. Each node has a folder of its own in it: those that
+    # share /tmp would take the same names.
+    ray_folder="/tmp/slimtune-ray-$SLURM_JOB_ID"
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
     export python job look_s port head ray_folder RAY_AUTH_MODE RAY_AUTH_TOKEN
     functions="$(declare -f)"
