@@ -20,9 +20,11 @@ class Holding(Untouched):
 
 
 class Slow(NoPruning):
-    """Prunes nothing, and holds its worker for CHAOS_HOLD_S seconds while it trains."""
+    """Prunes nothing, and holds its worker while it trains: `hold_s`, else CHAOS_HOLD_S, seconds."""
 
     method: Literal["chaos_parts:Slow"] = "chaos_parts:Slow"
+    hold_s: float | None = None
 
     def start(self, model: Any, context: Any) -> Holding:
-        return Holding(float(os.environ.get("CHAOS_HOLD_S", "0")))
+        given = os.environ.get("CHAOS_HOLD_S", "0") if self.hold_s is None else self.hold_s
+        return Holding(float(given))

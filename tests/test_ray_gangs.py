@@ -22,7 +22,15 @@ ray = pytest.importorskip("ray")
 
 from ray.util import placement_group_table  # noqa: E402
 
-from orchestrator.launch import Done, Event, Lost, Told, ray_cluster, ray_gangs  # noqa: E402
+from orchestrator.launch import (  # noqa: E402
+    Done,
+    Event,
+    Lost,
+    Told,
+    ray_cluster,
+    ray_gangs,
+    ray_nodes,
+)
 from orchestrator.launch.ray_places import Place, rank_environment  # noqa: E402
 from orchestrator.recipe import make_recipe  # noqa: E402
 from orchestrator.resources import Resources  # noqa: E402
@@ -514,3 +522,19 @@ def below(pid: int) -> list[int]:
 
 def cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_nodes_that_are_all_slow_to_answer_are_waited_for_and_one_of_many_is_not(
+    cluster, monkeypatch
+):
+    @ray.remote(num_cpus=0)
+    def answer(seconds: float) -> dict[str, float]:
+        time.sleep(seconds)
+        return {"seconds": seconds}
+
+    monkeypatch.setattr(ray_nodes, "ANSWER_S", 1.0)
+    slow = {"a": answer.remote(2.0), "b": answer.remote(2.1)}
+    assert ray_nodes.answers(slow).keys() == {"a", "b"}
+    begun = time.monotonic()
+    assert ray_nodes.answers({"a": answer.remote(0.0), "b": answer.remote(20.0)}).keys() == {"a"}
+    assert time.monotonic() - begun < 15.0

@@ -18,7 +18,7 @@ from orchestrator.status import study_status
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 STARTS_S = 30
-HOLD_S = 20  # a trial, its gang
+HOLD_S, LONG_S = 20, 120  # a trial, its gang
 
 # Three workers of one CPU each, all at once; it says when it has their places and when they work.
 OTHER = """
@@ -104,7 +104,9 @@ def test_another_user_s_job_of_half_the_cluster_starts_at_once_beside_a_study_of
 def test_gangs_that_have_no_more_work_are_handed_to_others_while_the_study_goes_on(
     cluster: Hosts, tmp_path: Path
 ):
-    with running(cluster, tmp_path, "resources.idle_s=1", trials=7) as study:
+    holds = [*range(HOLD_S, HOLD_S + 6), LONG_S]  # seconds; the last one is still there at the end
+    method = f"space.prune={{method: chaos_parts:Slow, hold_s: {{choice: {holds}}}}}"
+    with running(cluster, tmp_path, "resources.idle_s=1", method, trials=1) as study:
         until(lambda: num_running(study) == 6)  # so all places are taken
         other = submit_other(cluster, tmp_path)
         assert not (other / "has places").exists()

@@ -16,7 +16,7 @@ from orchestrator.launch.ray_kinds import environment
 from orchestrator.node_facts import Examiner
 from orchestrator.scratch import remove
 
-ANSWER_S, LEAVES_S = 15.0, 5.0
+FIRST_S, ANSWER_S, LEAVES_S = 60.0, 15.0, 5.0
 Json = dict[str, Any]
 
 
@@ -28,7 +28,7 @@ def survey(nodes: Sequence[Node], folder: str | None) -> Survey:
     there = {names[key]: _examiner(key) for key in names}
     driver = Examiner().facts(None, "driver")
     facts: dict[str, Json] = {}
-    for name, answer in _answers({n: e.facts.remote(folder, n) for n, e in there.items()}).items():
+    for name, answer in answers({n: e.facts.remote(folder, n) for n, e in there.items()}).items():
         facts[name] = answer | {"clock_off_s": answer.pop("off_s")}
     addresses = {names[node["NodeID"]]: node["NodeManagerAddress"] for node in nodes}
     places = {name: (addresses[name], each["port"]) for name, each in facts.items()}
@@ -39,7 +39,7 @@ def survey(nodes: Sequence[Node], folder: str | None) -> Survey:
         )
         for name in facts
     }
-    sees = _answers(asked)
+    sees = answers(asked)
     for examiner in there.values():
         ray.kill(examiner)
     return Survey(driver, facts, sees, tuple(sorted(there.keys() - facts.keys())))
@@ -56,9 +56,13 @@ def _examiner(node: str) -> Any:
     )
 
 
-def _answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Json]:
-    """Of those that answer in time; how far its clock was off as the answer came."""
-    until, waiting = time.monotonic() + ANSWER_S, {ref: name for name, ref in asked.items()}
+def answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Json]:
+    """Of those that answer in time; how far its clock was off as the answer came.
+
+    The first answer may take `FIRST_S`, as on machines that have much to do all are slow to start
+    a process; the others then have `ANSWER_S` more.
+    """
+    until, waiting = time.monotonic() + FIRST_S, {ref: name for name, ref in asked.items()}
     found: dict[str, Json] = {}
     while waiting and time.monotonic() < until:
         ready, _ = ray.wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
@@ -69,6 +73,8 @@ def _answers(asked: dict[str, ray.ObjectRef]) -> dict[str, Json]:
             except ray.exceptions.RayError:
                 continue
             off = answer["clock"] - time.time() if "clock" in answer else 0.0
+            if not found:
+                until = time.monotonic() + ANSWER_S
             found[name] = answer | {"off_s": off}
     return found
 
