@@ -172,6 +172,7 @@ class Chaos:
 
     def __init__(self, hosts: Hosts, study: Study, rng: random.Random) -> None:
         self.hosts, self.study, self.rng = hosts, study, rng
+        self.others = [number for number in hosts.numbers if number != 1]  # without the head
         outside = hosts.address(OUTSIDE)
         self.redis = {
             "RAY_REDIS_ADDRESS": f"{outside}:{REDIS_PORT}",
@@ -192,7 +193,7 @@ class Chaos:
 
     def start_ray(self) -> None:
         self.start_head()
-        self.start(2, 3)
+        self.start(*self.others)
 
     def start_head(self) -> None:
         self.start(1, **self.redis)
@@ -217,21 +218,21 @@ class Chaos:
 
     def signal_worker(self, signal: str) -> None:
         """One of a host that has any; every host has room for one gang."""
-        for number in self.rng.sample(list(self.hosts.numbers), 3):
+        for number in self.rng.sample(list(self.hosts.numbers), len(self.hosts.numbers)):
             found = self.hosts.run(number, ["pgrep", "-f", WORKER]).stdout.split()
             if found:
                 self.hosts.run(number, ["kill", f"-{signal}", found[0]])
                 return
 
     def host_off(self) -> None:
-        number = self.rng.choice([2, 3])
+        number = self.rng.choice(self.others)
         self.hosts.power_off(number)
         self.wait()
         self.power_on(number)
 
     def preemption(self) -> None:
         """A host is taken away on notice, and another comes in its place."""
-        number = self.rng.choice([2, 3])
+        number = self.rng.choice(self.others)
         self.hosts.give_notice(number, seconds=NOTICE_S)
         time.sleep(NOTICE_S)
         self.hosts.power_off(number)
@@ -244,7 +245,7 @@ class Chaos:
 
     def link_cut(self) -> None:
         """Longer than Ray waits, mostly: the node is given up, and has to come again."""
-        number = self.rng.choice([2, 3])
+        number = self.rng.choice(self.others)
         self.hosts.cut(number)
         self.wait()
         self.hosts.mend(number)
@@ -262,9 +263,9 @@ class Chaos:
         self.forget()
         self.hosts.power_on(1)
         self.start_head()
-        for number in (2, 3):
+        for number in self.others:
             self.stop(number)
-        self.start(2, 3)
+        self.start(*self.others)
 
     def forget(self) -> None:
         """All that Redis has."""
@@ -420,7 +421,11 @@ def run(
     is_quick: bool,
 ) -> Json:
     rng = random.Random(seed)
-    with mounted(home / "store"), Hosts(3) as hosts, redis(hosts, home):  # which see the mount
+    with (
+        mounted(home / "store"),
+        Hosts(2 if is_quick else 3) as hosts,
+        redis(hosts, home),
+    ):  # which see the mount
         moves = None if is_quick else random.Random(seed + 1000)
         study = Study(home, num_trials, hosts, moves)
         chaos, faults = Chaos(hosts, study, rng), []
@@ -518,7 +523,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, help="default: two of three that hosts have time for")
-    parser.add_argument("--quick", action="store_true", help="a worker and the driver killed once")
+    parser.add_argument(
+        "--quick", action="store_true", help="two hosts, a worker and the driver killed"
+    )
     parser.add_argument("--kinds", help="these faults alone, once each, with ; between")
     parser.add_argument("--json", type=Path, help="write every figure there")
     asked = parser.parse_args()
@@ -526,7 +533,7 @@ def main() -> None:
     if asked.quick:
         kinds = ["worker killed", "driver killed"]
         SETTINGS["CHAOS_HOLD_S"] = "2"
-    num_trials = asked.trials or (12 if asked.quick else int(2 * asked.minutes * 60 / HOLD_S))
+    num_trials = asked.trials or (8 if asked.quick else int(2 * asked.minutes * 60 / HOLD_S))
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
     with undisturbed(home / "alone", num_trials) as alone:
         report = run(

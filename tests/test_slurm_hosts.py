@@ -48,7 +48,8 @@ def write_long(folder: Path, *, task: str, steps: int, count: int) -> Path:
 
 def in_mid_trial(recipe: Path, *, count: int = 1) -> bool:
     """Whether so many trials have come to a checkpoint and go on."""
-    return len(list(recipe.parent.glob("study/stages/.going-trained-*/step-*"))) >= count
+    found = recipe.parent.glob("study/stages/.going-trained-*/step-*")
+    return len({checkpoint.parent for checkpoint in found}) >= count
 
 
 def leaves_nothing(number: str, hosts: Hosts) -> None:
