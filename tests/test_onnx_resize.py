@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 import tiny_models
 import torch
+from params import slow_but
 from transformers import PreTrainedModel
 
 from orchestrator.prune.tree import read_signature, shrink
@@ -40,7 +41,7 @@ def smaller(family: str) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_but(KINDS, "bert", "gpt2"))
 def test_a_template_in_other_sizes_is_what_the_exporter_makes(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

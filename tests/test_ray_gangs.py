@@ -164,6 +164,7 @@ def test_problems_of_the_input_come_back_as_they_are(gangs):
     assert caught.value.problems == problems
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_reading_the_input_is_replaced(gangs, tmp_path):
     (tmp_path / "deadly 1").touch()
     assert gangs(max_attempts=2).facts()["threads"] == 1
@@ -221,6 +222,7 @@ def test_what_a_work_cannot_do_is_told_and_its_gang_stays(gangs):
     assert run(launcher, "answer")["pid"] == pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resources", "works"),
     [({"recycle_after": 2}, ["answer"] * 2), ({}, ["answer", "answer", "grow 700"])],

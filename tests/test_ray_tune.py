@@ -350,6 +350,7 @@ print('ANSWER', json.dumps([
 """
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_told_before_any_trial_and_what_cannot_work_by_its_own(
     tuning: Tuning, tmp_path: Path
 ) -> None:

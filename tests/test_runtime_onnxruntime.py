@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import tiny_models
 import torch
+from params import slow_but
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -107,7 +108,7 @@ def greedy(session: Session, prompt: np.ndarray, num_tokens: int) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_but(KINDS, "bert", "gpt2"))
 def test_a_float_model_is_served_as_torch_computes_it_at_any_shape(family, cache, tmp_path):
     model = make(family)
     session = RUNTIME.load(export(model, tmp_path, cache), TARGET)

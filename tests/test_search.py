@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from params import slow_but
 
 from orchestrator.pareto import Objective, hypervolume, normalise, within_limits
 from orchestrator.plugins import name_of
@@ -198,7 +199,7 @@ def test_its_options_are_a_closed_frozen_class(name):
         SEARCHERS[name](num_trails=3)
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", slow_but(SEARCHERS, *QUICK))
 def test_a_study_that_was_killed_goes_on_as_if_it_had_not_been(name):
     """Several trials are open at any time, some fail, and the rest is equal to the last digit."""
     undisturbed = study(learning(name), num_asks=11)
@@ -222,7 +223,7 @@ def test_the_numbers_drawn_make_the_configuration_again(name):
         assert draw(SMOOTH, lambda place, _, ask=ask: ask.drawn[place]) == ask.config
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", slow_but(SEARCHERS, *QUICK))
 def test_a_batch_that_waits_for_results_has_no_two_alike(name):
     search = learning(name)
     study(search, num_asks=9, in_flight=1)
@@ -230,7 +231,7 @@ def test_a_batch_that_waits_for_results_has_no_two_alike(name):
     assert len({ask.config for ask in batch if ask is not None}) == 4
 
 
-@pytest.mark.parametrize("name", SEARCHERS)
+@pytest.mark.parametrize("name", slow_but(SEARCHERS, *QUICK))
 def test_results_of_others_and_second_results_change_nothing(name):
     undisturbed = study(learning(name), num_asks=9, in_flight=1)
     search = learning(name)

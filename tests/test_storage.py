@@ -189,6 +189,7 @@ FEW = {
 }
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_elsewhere_from_its_storage_alone(s3: str, tmp_path: Path):  # noqa: F811
     for name in ("here", "elsewhere"):
         (tmp_path / name).mkdir()
