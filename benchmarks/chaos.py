@@ -532,8 +532,8 @@ def main() -> None:
     kinds = asked.kinds.split(";") if asked.kinds else None
     if asked.quick:
         kinds = ["worker killed", "driver killed"]
-        SETTINGS["CHAOS_HOLD_S"] = "2"
-    num_trials = asked.trials or (8 if asked.quick else int(2 * asked.minutes * 60 / HOLD_S))
+        SETTINGS["CHAOS_HOLD_S"] = "1"
+    num_trials = asked.trials or (6 if asked.quick else int(2 * asked.minutes * 60 / HOLD_S))
     home = Path(tempfile.mkdtemp(prefix="chaos-"))
     with undisturbed(home / "alone", num_trials) as alone:
         report = run(
