@@ -439,10 +439,10 @@ def run(
                 break
             faults.append(disturb(name, chaos))
             print(json.dumps(faults[-1]), flush=True)
-            time.sleep(1.0 if is_quick else rng.uniform(*PAUSE_S))
+            time.sleep(0.0 if is_quick else rng.uniform(*PAUSE_S))
         disturbed_until = time.time()
         while study.keep_running() and time.time() - disturbed_until < TAIL_S:
-            time.sleep(1)
+            time.sleep(0.2)
         has_ended = not study.keep_running()
         leaks = left_running(hosts)
         kept = home / "kept"
