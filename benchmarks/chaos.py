@@ -1,6 +1,7 @@
 """A study on three hosts that are disturbed again and again, held against one that was left alone.
 
-    python benchmarks/chaos.py [--minutes M] [--seed S] [--quick] [--json FILE]
+    python benchmarks/chaos.py [--minutes M] [--seed S] [--trials N] [--kinds "A;B"]
+                               [--quick] [--json FILE]
 
 Trials hold their worker for some seconds, train a tiny model and write real artifacts. Meanwhile
 workers are killed and stopped, hosts lose power or are taken away on notice, links are cut, the
@@ -421,11 +422,8 @@ def run(
     is_quick: bool,
 ) -> Json:
     rng = random.Random(seed)
-    with (
-        mounted(home / "store"),
-        Hosts(2 if is_quick else 3) as hosts,
-        redis(hosts, home),
-    ):  # which see the mount
+    count = 2 if is_quick else 3
+    with mounted(home / "store"), Hosts(count) as hosts, redis(hosts, home):  # which see the mount
         moves = None if is_quick else random.Random(seed + 1000)
         study = Study(home, num_trials, hosts, moves)
         chaos, faults = Chaos(hosts, study, rng), []
@@ -439,7 +437,8 @@ def run(
                 break
             faults.append(disturb(name, chaos))
             print(json.dumps(faults[-1]), flush=True)
-            time.sleep(0.0 if is_quick else rng.uniform(*PAUSE_S))
+            if not is_quick:
+                time.sleep(rng.uniform(*PAUSE_S))
         disturbed_until = time.time()
         while study.keep_running() and time.time() - disturbed_until < TAIL_S:
             time.sleep(0.2)

@@ -20,7 +20,7 @@ class Holding(Untouched):
 
 
 class Slow(NoPruning):
-    """Prunes nothing, and holds its worker while it trains: `hold_s`, else CHAOS_HOLD_S, seconds."""
+    """Prunes nothing, and holds its worker while it trains: `hold_s` seconds, else CHAOS_HOLD_S."""
 
     method: Literal["chaos_parts:Slow"] = "chaos_parts:Slow"
     hold_s: float | None = None
